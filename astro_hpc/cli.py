@@ -1,0 +1,234 @@
+"""`astro-hpc`: one thin function a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from astro_hpc import __version__
+from astro_hpc.config import ConfigError, RunConfig, load_config
+from astro_hpc.run.process import die_with_parent
+from astro_hpc.run.stage import EXIT_CHECKPOINTED, EXIT_USAGE, CheckpointedExit
+
+app = typer.Typer(
+    name="astro-hpc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Teach language models to reason by search (ASTRO, arXiv 2507.00417): "
+    "tree search, procedure cloning, supervised fine-tuning and reinforcement learning.\n\n"
+    "One YAML file describes a run. `astro-hpc run CONFIG` carries out all its stages and skips what is done; "
+    "each stage is also a command of its own.",
+    epilog="Start with `astro-hpc demo`. Override any setting on the command line: "
+    "`astro-hpc run configs/demo.yaml search.num_iterations=6 name=mine`.",
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, for instance configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, for instance rl.num_steps=5.")
+]
+Redo = Annotated[bool, typer.Option("--redo", help="If it was made from other inputs or settings: set it aside, redo.")]
+ArmOption = Annotated[str | None, typer.Option("--arm", help="astro or direct; all of the configuration's arms if absent.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few minutes; proves the plumbing and nothing else.")] = False,
+) -> None:
+    """The whole loop on this machine with the embedded model; goes on where it was stopped.
+
+    The same as `astro-hpc run configs/demo.yaml`, or configs/demo-smoke.yaml with --smoke.
+    """
+    config = _shipped_config("demo-smoke.yaml" if smoke else "demo.yaml")
+    run(config, overrides)
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
+    """All stages in order on this machine; skips what is done, goes on where it was stopped."""
+    from astro_hpc.pipeline import run_pipeline
+
+    cfg = load_config(config, overrides or [])
+    code = run_pipeline(cfg, [str(config), *(overrides or [])], redo)
+    if code == 0:
+        _finish(cfg)
+    raise typer.Exit(code)
+
+
+@app.command()
+def warmup(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
+    """Teach a small model the step format from generated walks (not in the paper; warmup.enabled)."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    if not cfg.warmup.enabled:
+        raise ConfigError(f"{config}: warmup.enabled is false; set it, or start with `astro-hpc search`")
+    pipeline.run_one(cfg, pipeline.warmup(cfg), redo)
+
+
+@app.command()
+def search(
+    config: Config,
+    overrides: Overrides = None,
+    shard: Annotated[int, typer.Option(help="Which shard to search.")] = 0,
+    num_shards: Annotated[int, typer.Option(help="Into how many shards the problems are split.")] = 1,
+    redo: Redo = False,
+) -> None:
+    """Monte-Carlo tree search over the training problems; one shard, or all of them."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    pipeline.run_one(cfg, pipeline.search(cfg, shard, num_shards), redo)
+
+
+@app.command()
+def clone(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
+    """Linearise the trees and write them as chains of thought: traces/astro.jsonl and traces/direct.jsonl."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    pipeline.run_one(cfg, pipeline.clone(cfg), redo)
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo: Redo = False) -> None:
+    """Supervised fine-tuning on the traces with Megatron-Core."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    for name in _arms(cfg, arm):
+        pipeline.run_one(cfg, pipeline.sft(cfg, name), redo)
+
+
+@app.command()
+def select(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo: Redo = False) -> None:
+    """Choose RL prompts of moderate difficulty by the SFT model's pass rate."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    for name in _arms(cfg, arm):
+        pipeline.run_one(cfg, pipeline.select(cfg, name), redo)
+
+
+@app.command()
+def rl(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo: Redo = False) -> None:
+    """Reinforcement learning with a verifiable reward: vLLM rollouts, Megatron train steps."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    for name in _arms(cfg, arm):
+        pipeline.run_one(cfg, pipeline.rl(cfg, name), redo)
+
+
+@app.command("eval")
+def evaluate(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
+    """Base, warm-up, SFT and RL models on the held-out benchmarks: pass@1, pass@k, maj@k, backtracks."""
+    from astro_hpc import pipeline
+
+    cfg = load_config(config, overrides or [])
+    if not cfg.eval.benchmarks:
+        raise ConfigError(f"{config}: eval.benchmarks is empty; name one, e.g. signs: {{type: signs, count: 100}}")
+    pipeline.run_one(cfg, pipeline.evaluate(cfg), redo)
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for instance runs/demo.")]
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Build RUN/report/index.html, one offline page about the run, finished or not."""
+    cfg = _run_config(run)
+    print(_build_report(cfg))
+
+
+@app.command()
+def status(run: RunFolder, as_json: Json = False) -> None:
+    """The run's stages: done, begun or waiting, with seconds and tokens."""
+    from astro_hpc.report.status import print_status, run_status
+
+    rows = run_status(_run_config(run))
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_status(rows)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help='One {"gold": ..., "pred": ...} a line.')],
+) -> None:
+    r"""Check answers: a line in, a line {"outcome": "right|wrong|unknown", "seconds"} out, order kept."""
+    from astro_hpc.verifier.cli_file import verify_file
+
+    verify_file(file)
+
+
+def main() -> None:
+    """Entry point. Errors a user can cause end as one line on stderr and exit code 2."""
+    parent = os.environ.pop("ASTRO_HPC_PARENT", None)
+    if parent is not None:
+        die_with_parent(int(parent))
+    try:
+        app()
+    except ConfigError as error:
+        print(f"astro-hpc: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except CheckpointedExit as error:
+        print(f"astro-hpc: {error or 'checkpointed'}; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_CHECKPOINTED)
+    except KeyboardInterrupt:
+        print("astro-hpc: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _arms(cfg: RunConfig, arm: str | None) -> list[Any]:
+    if arm is None:
+        return list(cfg.arms)
+    if arm not in cfg.arms:
+        raise ConfigError(f"--arm {arm}: the configuration's arms are {', '.join(cfg.arms)}; add it to `arms`")
+    return [arm]
+
+
+def _shipped_config(name: str) -> Path:
+    for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"configs/{name}: not found; run from the project's folder, or `astro-hpc run YOUR.yaml`")
+
+
+def _run_config(run: Path) -> RunConfig:
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{run}: not a run folder (it has no config.yaml); give one, for instance runs/demo")
+    cfg = load_config(config)
+    # The folder may have been moved or be named from elsewhere.
+    return cfg.model_copy(update={"runs_dir": run.resolve().parent, "name": run.resolve().name})
+
+
+def _build_report(cfg: RunConfig) -> Path:
+    from astro_hpc.report.page import build_page
+
+    return build_page(cfg)
+
+
+def _finish(cfg: RunConfig) -> None:
+    """The result table and the page's address, at the end of a run."""
+    from astro_hpc.evaluation.table import print_table
+
+    page = _build_report(cfg)
+    print_table(cfg)
+    print(f"report: {page}")

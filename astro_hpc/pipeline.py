@@ -1,0 +1,277 @@
+"""The stages of a run, in order: what each one reads, what decides its result, and who does it.
+
+This is the system's table of contents. A stage's module is imported only when the stage runs, so that reading a
+configuration or a status needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from astro_hpc.config import ConfigError, RunConfig
+from astro_hpc.config.schema import Arm, TrainingConfig
+from astro_hpc.run.stage import Stage, StageContext, run_stage, write_resolved_config
+
+# How a stage is carried out, not what it makes: free to change between attempts.
+_INFERENCE_ONLY_HOW = {"max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"}
+_VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
+_CHECKPOINT = {"checkpoint"}
+
+
+def base_model(cfg: RunConfig) -> Path:
+    """The folder of the model that the run starts from."""
+    from astro_hpc.conversion.embedded import resolve_model
+
+    return resolve_model(cfg.model.path)
+
+
+def policy_model(cfg: RunConfig) -> Path:
+    """The folder of the model that searches and that SFT starts from: the warm-up's result where there is one."""
+    return cfg.run_dir / "warmup" / "hf" if cfg.warmup.enabled else base_model(cfg)
+
+
+def warmup(cfg: RunConfig) -> Stage:
+    """Generated walks teach a small model the step format. Not in the paper; see README."""
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.cloning.warmup import write_examples
+        from astro_hpc.training.sft import train
+
+        examples = write_examples(ctx)
+        return [examples, *train(ctx, examples=examples, training=cfg.warmup, init_hf=base_model(cfg), label="warmup")]
+
+    settings = {**_training_settings(cfg, cfg.warmup), "prompt_style": cfg.model.prompt_style}
+    return Stage("warmup", Path("warmup"), {"model": base_model(cfg)}, settings, body)
+
+
+def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
+    """Monte-Carlo tree search over the training problems."""
+    name = shard_name(shard, num_shards)
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.search.stage import run
+
+        return run(ctx, model_dir=policy_model(cfg), shard=shard, num_shards=num_shards)
+
+    settings = {
+        "seed": cfg.seed,
+        "problems": _dump(cfg.problems),
+        "benchmarks": _dump(cfg.eval)["benchmarks"] if cfg.problems.decontaminate_ngram else {},
+        "prompt_style": cfg.model.prompt_style,
+        "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
+        "search": _dump(cfg.search, {"trees_in_flight"}),
+        "shard": [shard, num_shards],
+    }
+    return Stage(f"search/{name}", Path("search") / name, {"model": policy_model(cfg)}, settings, body)
+
+
+def clone(cfg: RunConfig) -> Stage:
+    """Trees become chains of thought, for both arms."""
+    shards = search_shards(cfg)
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.cloning.stage import run
+
+        return run(ctx, trees=[folder / "trees.jsonl" for folder in shards], model_dir=policy_model(cfg))
+
+    settings = {
+        "seed": cfg.seed,
+        "prompt_style": cfg.model.prompt_style,
+        "clone": _dump(cfg.clone),
+        "seq_length": cfg.sft.seq_length,
+        "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+    }
+    inputs = {folder.name: folder / "trees.jsonl" for folder in shards}
+    return Stage("clone", Path("traces"), inputs, settings, body)
+
+
+def sft(cfg: RunConfig, arm: Arm) -> Stage:
+    """Supervised fine-tuning on one arm's traces."""
+    examples = cfg.run_dir / "traces" / f"{arm}.jsonl"
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.training.sft import train
+
+        return train(ctx, examples=examples, training=cfg.sft, init_hf=policy_model(cfg), label=f"sft/{arm}")
+
+    inputs = {"model": policy_model(cfg), "traces": examples}
+    return Stage(f"sft/{arm}", Path("sft") / arm, inputs, _training_settings(cfg, cfg.sft), body)
+
+
+def select(cfg: RunConfig, arm: Arm) -> Stage:
+    """Prompts of moderate difficulty for RL, by the SFT model's pass rate."""
+    model = cfg.run_dir / "sft" / arm / "hf"
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.rl.select import run
+
+        return run(ctx, model_dir=model)
+
+    settings = {
+        "seed": cfg.seed,
+        "select": _dump(cfg.select),
+        "problems": _dump(cfg.problems),
+        "prompt_style": cfg.model.prompt_style,
+        "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
+    }
+    return Stage(f"select/{arm}", Path("select") / arm, {"model": model}, settings, body)
+
+
+def rl(cfg: RunConfig, arm: Arm) -> Stage:
+    """Reinforcement learning with a verifiable reward."""
+    model = cfg.run_dir / "sft" / arm / "hf"
+    prompts = cfg.run_dir / "select" / arm / "prompts.jsonl"
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.rl.stage import run
+
+        return run(ctx, model_dir=model, prompts=prompts)
+
+    settings = {
+        "seed": cfg.seed,
+        "rl": _dump(cfg.rl, _CHECKPOINT),
+        "phrases": cfg.clone.phrases,
+        "prompt_style": cfg.model.prompt_style,
+        "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
+        "parallel": _dump(cfg.parallel),
+        "precision": _dump(cfg.precision),
+    }
+    return Stage(f"rl/{arm}", Path("rl") / arm, {"model": model, "prompts": prompts}, settings, body)
+
+
+def evaluate(cfg: RunConfig) -> Stage:
+    """Base, warm-up, SFT and RL models on the held-out benchmarks."""
+    models = {"base": base_model(cfg)}
+    if cfg.warmup.enabled:
+        models["warmup"] = cfg.run_dir / "warmup" / "hf"
+    for arm in cfg.arms:
+        models[f"{arm}-sft"] = cfg.run_dir / "sft" / arm / "hf"
+        models[f"{arm}-rl"] = cfg.run_dir / "rl" / arm / "hf"
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.evaluation.stage import run
+
+        return run(ctx, models=models)
+
+    settings = {
+        "eval": _dump(cfg.eval),
+        "phrases": cfg.clone.phrases,
+        "prompt_style": cfg.model.prompt_style,
+        "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
+    }
+    return Stage("eval", Path("eval"), models, settings, body)
+
+
+def pipeline(cfg: RunConfig) -> list[tuple[str, Stage]]:
+    """Every stage of the run in order, with the command that carries it out."""
+    stages = [("warmup", warmup(cfg))] if cfg.warmup.enabled else []
+    stages += [("search", search(cfg)), ("clone", clone(cfg))]
+    for arm in cfg.arms:
+        stages += [(f"sft --arm {arm}", sft(cfg, arm))]
+        stages += [(f"select --arm {arm}", select(cfg, arm))]
+        stages += [(f"rl --arm {arm}", rl(cfg, arm))]
+    if cfg.eval.benchmarks:
+        stages.append(("eval", evaluate(cfg)))
+    return stages
+
+
+def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = False) -> int:
+    """Carry out every stage in a process of its own, and build the page at the end.
+
+    A stage's process frees all its memory when it ends, and is exactly what a cluster job runs.
+
+    Args:
+        config_arguments: the configuration's path and overrides, passed on to each stage's command.
+
+    Returns:
+        0, or the exit code of the first stage that did not finish.
+    """
+    write_resolved_config(cfg)
+    for command, stage in pipeline(cfg):
+        name, *options = command.split()
+        arguments = [name, *config_arguments, *options, *(["--redo"] if redo else [])]
+        code = _run_child([sys.executable, "-m", "astro_hpc", *arguments])
+        if code != 0:
+            if code not in (2, 130):
+                print(f"{stage.label}: stopped with exit code {code}; the same command goes on from here",
+                      file=sys.stderr)
+            return code
+    return 0
+
+
+def _run_child(command: list[str]) -> int:
+    """Run a stage's process to its end; it never outlives this one, however this one ends."""
+    environment = {**os.environ, "ASTRO_HPC_PARENT": str(os.getpid())}
+    child = subprocess.Popen(command, env=environment)
+
+    def forward(number: int, _: object) -> None:
+        child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        while True:
+            try:
+                code = child.wait()
+                return 128 - code if code < 0 else code
+            except KeyboardInterrupt:
+                continue  # the terminal has sent it to the child too; wait until it has ended
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_one(cfg: RunConfig, stage: Stage, redo: bool = False) -> None:
+    """Carry out one stage, or say that it is done."""
+    write_resolved_config(cfg)
+    if not run_stage(cfg, stage, redo):
+        print(f"{stage.label}: done already", file=sys.stderr)
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """Folder of a search shard, for instance `shard-00003-of-00064`."""
+    if not 0 <= shard < num_shards:
+        raise ConfigError(f"--shard {shard}: must be from 0 to {num_shards - 1} with --num-shards {num_shards}")
+    return f"shard-{shard:05d}-of-{num_shards:05d}"
+
+
+def search_shards(cfg: RunConfig) -> list[Path]:
+    """Folders of all shards of the search, finished or not; the one-shard search when none is there yet.
+
+    Raises:
+        ConfigError: shards of different splits lie side by side, or one is missing.
+    """
+    folders = sorted(f for f in (cfg.run_dir / "search").glob("shard-?????-of-?????") if f.is_dir())
+    if not folders:
+        return [cfg.run_dir / "search" / shard_name(0, 1)]
+    totals = {folder.name[-5:] for folder in folders}
+    if len(totals) > 1:
+        raise ConfigError(
+            f"{cfg.run_dir / 'search'}: shards of different splits ({', '.join(sorted(totals))}); move one set away"
+        )
+    expected = int(totals.pop())
+    if len(folders) != expected:
+        raise ConfigError(f"{cfg.run_dir / 'search'}: {len(folders)} of {expected} shards are there; run the others")
+    return folders
+
+
+def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, Any]:
+    return {
+        "seed": cfg.seed,
+        "training": _dump(training, _CHECKPOINT),
+        "parallel": _dump(cfg.parallel),
+        "precision": _dump(cfg.precision),
+    }
+
+
+def _dump(section: Any, leave_out: set[str] | None = None) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=leave_out or set())

