@@ -28,12 +28,13 @@ app = typer.Typer(
     "`astro-hpc run configs/demo.yaml search.num_iterations=6 name=mine`.",
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, for instance configs/demo.yaml.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, e.g. configs/demo.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, for instance rl.num_steps=5.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, e.g. rl.num_steps=5."),
 ]
-Redo = Annotated[bool, typer.Option("--redo", help="If it was made from other inputs or settings: set it aside, redo.")]
-ArmOption = Annotated[str | None, typer.Option("--arm", help="astro or direct; all of the configuration's arms if absent.")]
+Redo = Annotated[bool, typer.Option("--redo", help="If made from other inputs or settings: set it aside, redo.")]
+ArmOption = Annotated[str | None, typer.Option("--arm", help="astro or direct; by default all of the run's arms.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -47,7 +48,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def demo(
     overrides: Overrides = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="A few minutes; proves the plumbing and nothing else.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Minutes; proves the plumbing and nothing else.")] = False,
 ) -> None:
     """The whole loop on this machine with the embedded model; goes on where it was stopped.
 

@@ -203,8 +203,9 @@ def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = F
         code = _run_child([sys.executable, "-m", "astro_hpc", *arguments])
         if code != 0:
             if code not in (2, 130):
-                print(f"{stage.label}: stopped with exit code {code}; the same command goes on from here",
-                      file=sys.stderr)
+                print(
+                    f"{stage.label}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr
+                )
             return code
     return 0
 

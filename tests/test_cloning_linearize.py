@@ -1,5 +1,6 @@
 """Algorithm 1's invariants on random trees."""
 
+import itertools
 import random
 
 import pytest
@@ -38,7 +39,7 @@ def trees(draw):
         st.tuples(st.just("wrong"), st.one_of(st.none(), st.sampled_from("abcd"))),
         st.just(("unknown", None)),
     )
-    return make_tree(parents, draw(st.lists(verdict, min_size=4, max_size=12)) + [("right", "5")])
+    return make_tree(parents, [*draw(st.lists(verdict, min_size=4, max_size=12)), ("right", "5")])
 
 
 @settings(max_examples=300, deadline=None)
@@ -55,12 +56,13 @@ def test_sequences_keep_the_invariants(tree, k, seed):
     assert sequence[0] is tree.root
     assert sequence[-1] is goal
     ancestors = {node.id: {a.id for a in tree.path(node)[:-1]} for node in tree.nodes}
-    for a, b in zip(sequence, sequence[1:], strict=False):
+    for a, b in itertools.pairwise(sequence):
         assert b.parent == a.id or (a.terminal and b.id in ancestors[a.id])
     wrong = [node.answer for node in sequence if node.outcome == "wrong"]
-    assert len(wrong) == len(set(wrong)) == len(chosen) and None not in wrong
+    assert len(wrong) == len(set(wrong)) == len(chosen)
+    assert None not in wrong
     # every node of the paths is walked to once; only ancestors that are gone back to occur again
-    walked = [b.id for a, b in zip(sequence, sequence[1:], strict=False) if b.parent == a.id]
+    walked = [b.id for a, b in itertools.pairwise(sequence) if b.parent == a.id]
     assert len(walked) == len(set(walked))
     assert {0, *walked} == {node.id for t in [*chosen, goal] for node in tree.path(t)}
     assert len(sequence) == 1 + len(walked) + len(chosen)

@@ -18,7 +18,8 @@ SETS = ["paper", "short", "varied"]
 def two_attempts():
     """4 + 2 = 6, a wrong end, back to step 1, a right end."""
     tree = make_tree([0, 1, 1], [("wrong", "9"), ("right", "5")])
-    tree.nodes[1].step, tree.nodes[2].step, tree.nodes[3].step = "Step 1: 4 + 2 = 6\n", "\\boxed{6 + 3}", "\\boxed{6 - 1}"
+    for node, step in zip(tree.nodes[1:], ("Step 1: 4 + 2 = 6\n", "\\boxed{6 + 3}", "\\boxed{6 - 1}"), strict=True):
+        node.step = step
     return tree
 
 

@@ -27,6 +27,8 @@ from astro_hpc.run.files import Journal, write_json_atomic, write_jsonl_atomic
 from astro_hpc.run.stage import StageContext
 from astro_hpc.search.tree import Node, Tree
 
+_Sequence = tuple[int, list[Node]]
+"""k and the nodes."""
 _DRAWS_PER_EXAMPLE = 8
 """Tries to find a sequence that the tree hasn't given yet."""
 _TREES_PER_BATCH = 64
@@ -162,13 +164,13 @@ class _Cloner:
         verdicts = iter(self.evaluator.accepts(solutions))
         return [[node for node in nodes if next(verdicts)] for nodes in correct]
 
-    def _direct_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[tuple[int, list[Node]]]:
+    def _direct_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[_Sequence]:
         nodes = _different_solutions(tree, accepted, rng)
         self.filters["astro"]["duplicate"] += max(0, self.settings.num_direct - len(nodes))
         for node in nodes[: self.settings.num_direct]:
             yield 0, tree.path(node)
 
-    def _search_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[tuple[int, list[Node]]]:
+    def _search_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[_Sequence]:
         wanted, counts = self.settings.num_search, self.filters["astro"]
         incorrect = incorrect_terminals(tree)
         max_k = min(self.settings.max_incorrect, len({node.answer for node in incorrect}))
@@ -238,7 +240,9 @@ def _attempt_note(tree: Tree, node: Node) -> str | None:
     """What the attempt that ends at `node` gave, where the problem's family can tell."""
     from astro_hpc.problems import signs
 
-    return signs.attempt_note(tree.problem, node.answer) if tree.problem.checker == "signs" and node.answer else None
+    if tree.problem.checker != signs.CHECKER or node.answer is None:
+        return None
+    return signs.attempt_note(tree.problem, node.answer)
 
 
 def _read_trees(sources: Sequence[Tree | Path]) -> Iterator[Tree]:
@@ -290,7 +294,7 @@ def _evaluator(ctx: StageContext, model_dir: Path | None) -> SelfEvaluator | Non
     from astro_hpc.inference import make_engine
 
     return SelfEvaluator(
-        make_engine(ctx.cfg, model_dir),
+        make_engine(model_dir, ctx.cfg.inference, ctx.seed("clone", "engine")),
         PromptStyle.load(ctx.cfg.model.prompt_style).render,
         settings.self_evaluation_samples,
         settings.self_evaluation_quorum,

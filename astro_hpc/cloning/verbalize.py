@@ -74,7 +74,7 @@ class TemplateVerbalizer:
     """Writes traces from phrases; no model needed.
 
     Attributes:
-        separator: put behind a step that doesn't end with white space, and behind each phrase; the style's step delimiter.
+        separator: the style's step delimiter; put behind each phrase, and behind a step without white space at its end.
         reflect_min_q: a confident reflection may follow a step whose Q is at least this...
         reflect_rate: ...and does at this rate.
         attempt_note: gives the sentence that tells what a terminal's attempt came to, or None where there is none.

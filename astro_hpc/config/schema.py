@@ -311,6 +311,13 @@ class RLConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
 
 
+class EvalLimits(Section):
+    """Cheaper sampling for one model, for instance an untrained one that never stops by itself."""
+
+    num_samples: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+
+
 class EvalConfig(Section):
     """Sampling on held-out benchmarks."""
 
@@ -323,7 +330,9 @@ class EvalConfig(Section):
     seed: int = 0
     """Seed of the samples."""
     majority: PositiveInt = 8
-    """maj@k is reported for this k, where there are as many samples."""
+    """maj@k is reported for this k, or for as many samples as there are."""
+    limits: dict[str, EvalLimits] = Field(default_factory=dict)
+    """By model name, for instance `{base: {num_samples: 1}}`; what is given replaces the settings above."""
 
 
 class RunConfig(Section):

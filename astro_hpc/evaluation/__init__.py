@@ -1,0 +1,1 @@
+"""Held-out accuracy, behaviour and cost of the models of a run."""

@@ -21,7 +21,8 @@ class SampleRequest:
         prompt_token_ids: the whole context; engines never tokenise.
         max_tokens: at most this many new tokens.
         seed: of this sample alone, so that a sample does not depend on its batch mates' number or order.
-        stop: sampling ends after one of these strings, which stays part of the output's tokens and text.
+        stop: sampling ends after one of these strings, which stays part of the output's tokens and text. One that
+            is a special token of the tokenizer counts as the end of the sequence.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -41,7 +42,7 @@ class Sample:
         logprobs: one for each token, natural log, of the untempered softmax.
         text: the decoded tokens without special tokens.
         finish_reason: `stop` (end of sequence or a stop string), `length`, or `abort`.
-        stopped_by_eos: the end-of-sequence token was sampled.
+        stopped_by_eos: the end-of-sequence token was sampled, or a special token named in `stop`.
         weight_version: version of the weights that sampled it.
     """
 
@@ -72,6 +73,8 @@ class Engine(Protocol):
     tokenizer: Any
     """A Hugging Face tokenizer (`encode`, `decode`, `eos_token_id`)."""
     stats: EngineStats
+    max_model_len: int
+    """Prompt and new tokens together are at most this many."""
 
     async def generate(self, request: SampleRequest) -> Sample:
         """Draw one sample; many calls may wait at once and are batched continuously.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
+import logging
 import os
 import queue
 import threading
 import time
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -29,22 +33,28 @@ _CPU_BLOCK_SIZE = 32
 
 
 def prepare_environment() -> None:
-    """Set what vLLM reads from the environment; call before vLLM is imported. What the user has set stays."""
-    import torch
+    """Set what vLLM and torch read from the environment; call before vLLM is imported. What the user has set stays.
 
+    Called before torch is imported too, it also silences torch's warning that memory is bound to a NUMA node.
+    """
     settings = {
         "VLLM_LOGGING_LEVEL": "ERROR",  # its chatter would drown the progress bar
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    if not torch.cuda.is_available():
-        settings |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # starts in 5 s, not 48, and reloads weights from memory
-            "TORCH_COMPILE_DISABLE": "1",
-            "GLOO_LOG_LEVEL": "ERROR",
-        }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        # One process: starts in 5 s, not 48, and takes weights from memory.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # vLLM speaks before it has configured its loggers.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
 
 
 class VLLMEngine:
@@ -87,6 +97,7 @@ class VLLMEngine:
         )
         self._thread.start()
         self.tokenizer = started.result()
+        atexit.register(_close_if_alive, weakref.ref(self))  # a thread inside torch at exit aborts the process
 
     async def generate(self, request: SampleRequest) -> Sample:
         """Draw one sample; many calls may wait at once and are batched continuously. Cancelling it aborts it."""
@@ -201,7 +212,7 @@ class VLLMEngine:
         except BaseException as error:
             started.set_exception(error)
             return
-        pump = _Pump(self, engine)
+        pump = _Pump(self, engine, engine.renderer.tokenizer)
         try:
             pump.run()
         except BaseException as error:
@@ -210,6 +221,12 @@ class VLLMEngine:
         finally:
             with contextlib.suppress(Exception):
                 engine.engine_core.shutdown()
+
+
+def _close_if_alive(reference: weakref.ref[VLLMEngine]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.close()
 
 
 @dataclass(eq=False)
@@ -237,11 +254,12 @@ def _settle(future: asyncio.Future[Sample], result: Sample | BaseException) -> N
 class _Pump:
     """Feeds the vLLM engine and hands out what it finishes. Lives on the engine's thread."""
 
-    def __init__(self, owner: VLLMEngine, engine: Any) -> None:
-        self.owner, self.engine = owner, engine
+    def __init__(self, owner: VLLMEngine, engine: Any, tokenizer: Any) -> None:
+        self.owner, self.engine, self.tokenizer = owner, engine, tokenizer
         self.waiting: deque[_Job] = deque()
         self.running: dict[str, _Job] = {}
         self.count = 0
+        self.special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def run(self) -> None:
         """Step while there is work, until told to end."""
@@ -293,12 +311,33 @@ class _Pump:
         name = str(self.count)
         try:
             self.engine.add_request(
-                name, tokens_input(list(job.request.prompt_token_ids)), _sampling_params(job.request)
+                name, tokens_input(list(job.request.prompt_token_ids)), self._sampling_params(job.request)
             )
         except ValueError as error:  # vLLM's validation
             job.deliver(error)
             return
         self.running[name] = job
+
+    def _sampling_params(self, request: SampleRequest) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # A special token never shows in the text: as a stop it has to be a token.
+        strings = [stop for stop in request.stop if stop not in self.special]
+        return SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop=strings,
+            stop_token_ids=[self.special[stop] for stop in request.stop if stop in self.special],
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            include_stop_str_in_output=True,
+            detokenize=bool(strings),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
 
     def _finish(self, output: Any) -> None:
         job = self.running.pop(output.request_id, None)
@@ -311,15 +350,14 @@ class _Pump:
         stats.prompt_tokens += len(output.prompt_token_ids)
         stats.cached_prompt_tokens += output.num_cached_tokens or 0
         stats.generated_tokens += len(tokens)
-        tokenizer = self.owner.tokenizer
         job.deliver(
             Sample(
                 token_ids=tokens,
                 logprobs=tuple(completion.logprobs.logprobs),
                 # not completion.text: that ends at the stop string even where the last token goes on
-                text=tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                text=self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                 finish_reason=completion.finish_reason if completion.finish_reason in ("stop", "length") else "abort",
-                stopped_by_eos=bool(tokens) and tokens[-1] == tokenizer.eos_token_id,
+                stopped_by_eos=completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str),
                 weight_version=self.owner._version,
             )
         )
@@ -336,25 +374,6 @@ class _Pump:
                 item.deliver(error)
             elif isinstance(item, _Call):
                 item.result.set_exception(error)
-
-
-def _sampling_params(request: SampleRequest) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        stop=list(request.stop),
-        logprobs=0,  # of the sampled token alone
-        flat_logprobs=True,
-        include_stop_str_in_output=True,
-        detokenize=bool(request.stop),
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
-    )
 
 
 @contextlib.contextmanager

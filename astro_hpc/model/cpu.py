@@ -21,6 +21,7 @@ _CUDA_TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
+_MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.nn.functional.linear}
 _depth = 0
 
 
@@ -34,12 +35,27 @@ def device() -> torch.device:
     return _CPU if on_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites literal CUDA devices, `.cuda()`, pinned memory and CUDA type names."""
+    """Rewrites literal CUDA devices, `.cuda()`, pinned memory and CUDA type names.
+
+    On a CPU without bfloat16 matrix instructions it also multiplies bfloat16 matrices in float32 and rounds the
+    result: several times faster there, and no less exact.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._widen = not has_fast_bf16()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._widen and func in _MATMULS and args[0].dtype is torch.bfloat16 and args[1].dtype is torch.bfloat16:
+            return func(args[0].float(), args[1].float(), *args[2:]).bfloat16()
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -1,0 +1,1 @@
+"""Reinforcement learning with a verifiable reward: prompt selection, rollouts, objective, loop."""

@@ -53,27 +53,27 @@ class Phrases:
         Raises:
             ConfigError: there is no such set, or its file is malformed.
         """
-        text = _read(name_or_path)
+        text, where = _read(name_or_path), f"phrases {name_or_path}"
         try:
             raw = yaml.safe_load(text)
             if not isinstance(raw, dict):
-                raise ConfigError(f"phrases {name_or_path}: the file must be a mapping with the key 'doubt' and others")
+                raise ConfigError(f"{where}: the file must be a mapping with the key 'doubt' and others")
             file = _File(**raw)
             pattern = re.compile(file.backtrack_pattern)
         except yaml.YAMLError as error:
-            raise ConfigError(f"phrases {name_or_path}: not YAML ({str(error).splitlines()[0]})") from None
+            raise ConfigError(f"{where}: not YAML ({str(error).splitlines()[0]})") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"phrases {name_or_path}: {where}: {first['msg']}") from None
+            key = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{where}: {key}: {first['msg']}") from None
         except re.error as error:
-            raise ConfigError(f"phrases {name_or_path}: backtrack_pattern is not a regular expression: {error}") from None
+            raise ConfigError(f"{where}: backtrack_pattern is not a regular expression: {error}") from None
         for wording in [*file.backtrack, *file.restart]:
             if len(pattern.findall(wording)) != 1:
-                raise ConfigError(f"phrases {name_or_path}: backtrack_pattern must match {wording!r} exactly once")
+                raise ConfigError(f"{where}: backtrack_pattern must match {wording!r} exactly once")
         for wording in [*file.doubt, *file.confident]:
             if pattern.search(wording):
-                raise ConfigError(f"phrases {name_or_path}: backtrack_pattern must not match the reflection {wording!r}")
+                raise ConfigError(f"{where}: backtrack_pattern must not match the reflection {wording!r}")
         return cls(
             tuple(file.doubt),
             tuple(file.confident),

@@ -1,0 +1,1 @@
+"""Prompts that ask a language model about solutions; data files."""

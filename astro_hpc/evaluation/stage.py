@@ -1,0 +1,253 @@
+"""The eval stage: every model answers the same held-out problems on one engine, and each answer is graded.
+
+`MODEL/BENCHMARK/output-rsI.jsonl` holds sample I of every problem, in NeMo-Skills' form; a file is written when all
+of it is graded, and a resumed stage samples only the files that are missing. Metrics come from the files alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from astro_hpc.cloning.phrases import Phrases
+from astro_hpc.config.base import ConfigError
+from astro_hpc.evaluation.metrics import Graded, Results, paired_difference, summarize, token_matched_best_of_n
+from astro_hpc.problems import signs
+from astro_hpc.problems.final_answer import closing_brace
+from astro_hpc.problems.problem import Problem
+from astro_hpc.problems.sources import load_source
+from astro_hpc.problems.style import PromptStyle
+from astro_hpc.run.files import read_jsonl, write_json_atomic, write_jsonl_atomic
+from astro_hpc.run.progress import Progress
+from astro_hpc.run.seeds import derive_seed
+from astro_hpc.run.stage import CheckpointedExit, StageContext
+
+if TYPE_CHECKING:
+    from astro_hpc.inference.engine import Engine, Sample, SampleRequest
+    from astro_hpc.verifier.pool import Verdict, VerifierPool
+
+
+def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
+    """Sample, grade and summarise; returns the models' folders and `summary.json`.
+
+    Args:
+        ctx: the stage's context.
+        models: name -> Hugging Face folder; all of one architecture, for the engine swaps weights only.
+
+    Raises:
+        ConfigError: no benchmark, an unknown model in `eval.limits`, or a model of another architecture.
+        CheckpointedExit: asked to stop; finished files stay.
+    """
+    settings = ctx.cfg.eval
+    if not settings.benchmarks:
+        raise ConfigError("eval.benchmarks is empty; name at least one held-out source of problems")
+    if unknown := set(settings.limits) - set(models):
+        raise ConfigError(f"eval.limits names no model of this run: {sorted(unknown)[0]}; models: {', '.join(models)}")
+    benchmarks = {name: load_source(source) for name, source in settings.benchmarks.items()}
+    plan = _plan(ctx, models, benchmarks)
+    todo = [item for item in plan if item.missing]
+    if todo:
+        _sample_all(ctx, models, todo, total=sum(item.num_samples * len(item.problems) for item in plan))
+    results = {(item.benchmark, item.model): _read_results(item) for item in plan}
+    rows = [_summary_row(item, results[item.benchmark, item.model], settings.majority) for item in plan]
+    for item, row in zip(plan, rows, strict=True):
+        write_json_atomic(item.folder / "summary.json", row)
+    summary = ctx.dir / "summary.json"
+    write_json_atomic(summary, {"results": rows, **_comparisons(list(models), list(benchmarks), results)})
+    ctx.count(tokens=sum(row["tokens"] for row in rows), samples=sum(row["k"] * row["num_problems"] for row in rows))
+    return [*(ctx.dir / name for name in models), summary]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One model on one benchmark."""
+
+    model: str
+    benchmark: str
+    folder: Path
+    problems: list[Problem]
+    num_samples: int
+    max_tokens: int
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"output-rs{index}.jsonl"
+
+    @property
+    def missing(self) -> list[int]:
+        """Sample indices whose file is still to be made."""
+        return [index for index in range(self.num_samples) if not self.file(index).exists()]
+
+
+def _plan(ctx: StageContext, models: Mapping[str, Path], benchmarks: Mapping[str, list[Problem]]) -> list[_Item]:
+    settings, plan = ctx.cfg.eval, []
+    for model in models:
+        limits = settings.limits.get(model)
+        num_samples = (limits and limits.num_samples) or settings.num_samples
+        max_tokens = (limits and limits.max_tokens) or settings.max_tokens
+        for name, problems in benchmarks.items():
+            plan.append(_Item(model, name, ctx.dir / model / name, problems, num_samples, max_tokens))
+    return plan
+
+
+def _sample_all(ctx: StageContext, models: Mapping[str, Path], todo: Sequence[_Item], total: int) -> None:
+    """Make all missing files, model by model on one engine."""
+    from astro_hpc.inference import make_engine
+    from astro_hpc.verifier.pool import VerifierPool
+
+    left = sum(len(item.missing) * len(item.problems) for item in todo)
+    order = list(dict.fromkeys(item.model for item in todo))
+    engine = make_engine(models[order[0]], ctx.cfg.inference, ctx.seed("eval", "engine"))
+    try:
+        with VerifierPool(ctx.cfg.verifier) as pool, ctx.progress(total, "responses", done=total - left) as progress:
+            grader = _Grader(ctx, engine, pool, progress)
+            for version, model in enumerate(order):
+                if version:
+                    engine.load_weights(models[model], version)
+                for item in (item for item in todo if item.model == model):
+                    grader.make_files(item)
+    finally:
+        engine.close()
+
+
+class _Grader:
+    """Samples an item's missing files and grades answers while the engine goes on."""
+
+    def __init__(self, ctx: StageContext, engine: Engine, pool: VerifierPool, progress: Progress) -> None:
+        self.ctx, self.engine, self.pool, self.progress = ctx, engine, pool, progress
+        self.style = PromptStyle.load(ctx.cfg.model.prompt_style)
+        self.phrases = Phrases.load(ctx.cfg.clone.phrases)
+        self.tokens = 0
+
+    def make_files(self, item: _Item) -> None:
+        """Ask for everything at once, so that the engine's queue never drains; write each file when it is complete."""
+        jobs = [(index, problem) for index in item.missing for problem in item.problems]
+        responses: dict[int, dict[str, _Response]] = {index: {} for index in item.missing}
+
+        def on_sample(number: int, sample: Sample) -> None:
+            if self.ctx.stop_requested:
+                raise CheckpointedExit(f"{self.ctx.label}: stopped at {item.model} on {item.benchmark}")
+            index, problem = jobs[number]
+            responses[index][problem.id] = self._submit(problem, sample)
+            self.tokens += len(sample.token_ids)
+            self.progress.update(model=item.model, tokens=f"{self.tokens:,}")
+            if len(responses[index]) == len(item.problems):
+                complete = responses.pop(index)
+                rows = (self._row(problem, complete[problem.id], index) for problem in item.problems)
+                write_jsonl_atomic(item.file(index), rows)
+
+        self.engine.generate_many([self._request(item, index, problem) for index, problem in jobs], on_sample)
+
+    def _request(self, item: _Item, index: int, problem: Problem) -> SampleRequest:
+        from astro_hpc.inference.engine import SampleRequest
+
+        settings = self.ctx.cfg.eval
+        ids = self.engine.tokenizer.encode(self.style.render(problem.text), add_special_tokens=False)
+        return SampleRequest(
+            tuple(ids),
+            max_tokens=item.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            # without the model's name: every model draws the same random numbers
+            seed=derive_seed(settings.seed, "eval", item.benchmark, problem.id, index),
+            stop=self.style.stop,
+        )
+
+    def _submit(self, problem: Problem, sample: Sample) -> _Response:
+        first = first_attempt_text(sample.text, self.style.answer_marker)
+        verdict = self.pool.submit(problem, sample.text)
+        return _Response(sample, verdict, verdict if first is None else self.pool.submit(problem, first))
+
+    def _row(self, problem: Problem, response: _Response, index: int) -> dict[str, Any]:
+        """A row in NeMo-Skills' form, under both of the names it has had for the verdict, and our own fields."""
+        sample, verdict = response.sample, response.verdict.result()
+        return {
+            "id": problem.id,
+            "problem": problem.text,
+            "expected_answer": problem.answer,
+            "generation": sample.text,
+            "predicted_answer": verdict.answer,
+            "is_correct": verdict.outcome == "right",
+            "symbolic_correct": verdict.outcome == "right",
+            "num_generated_tokens": len(sample.token_ids),
+            "finish_reason": sample.finish_reason,
+            "sample": index,
+            "outcome": verdict.outcome,
+            "first_attempt_correct": response.first_verdict.result().outcome == "right",
+            "num_backtracks": self.phrases.count_backtracks(sample.text),
+        }
+
+
+@dataclass(frozen=True)
+class _Response:
+    """A sample with its verdicts, which may still be under way."""
+
+    sample: Sample
+    verdict: Future[Verdict]
+    first_verdict: Future[Verdict]
+
+
+def first_attempt_text(text: str, marker: str) -> str | None:
+    """The response up to its first complete final answer; None when no other marker follows (or there is none)."""
+    begin = text.find(marker)
+    if begin < 0:
+        return None
+    begin += len(marker)
+    end = closing_brace(text, begin) if marker.endswith("{") else text.find("\n", begin)
+    if end is None or end < 0 or text.find(marker, end) < 0:
+        return None
+    return text[: end + 1]
+
+
+def graded(row: Mapping[str, Any]) -> Graded:
+    """What the metrics need of a row of an output file."""
+    return Graded(
+        correct=bool(row["is_correct"]),
+        first_correct=bool(row["first_attempt_correct"]),
+        answer=row["predicted_answer"],
+        num_tokens=row["num_generated_tokens"],
+        num_backtracks=row["num_backtracks"],
+        truncated=row["finish_reason"] == "length",
+    )
+
+
+def _read_results(item: _Item) -> Results:
+    results: dict[str, list[Graded]] = {problem.id: [] for problem in item.problems}
+    for index in range(item.num_samples):
+        for row in read_jsonl(item.file(index)):
+            results[row["id"]].append(graded(row))
+    return results
+
+
+def _summary_row(item: _Item, results: Results, majority: int) -> dict[str, Any]:
+    chances = [signs.chance(problem) for problem in item.problems if problem.checker == signs.CHECKER]
+    return {
+        "model": item.model,
+        "benchmark": item.benchmark,
+        "chance": mean(chances) if len(chances) == len(item.problems) else None,
+        **summarize(results, majority),
+        "per_problem": {key: mean(sample.correct for sample in samples) for key, samples in results.items()},
+    }
+
+
+def _comparisons(
+    models: Sequence[str], benchmarks: Sequence[str], results: Mapping[tuple[str, str], Results]
+) -> dict[str, list[dict[str, Any]]]:
+    """Each pair of models: the paired difference, and best-of-n of the terser one on the other's token budget."""
+    differences, best_of_n = [], []
+    for benchmark in benchmarks:
+        for i, first in enumerate(models):
+            for second in models[i + 1 :]:
+                earlier, later = results[benchmark, first], results[benchmark, second]
+                delta = paired_difference(later, earlier)
+                pair = {"benchmark": benchmark, "model": second, "minus": first}
+                differences.append({**pair, "value": delta.value, "interval": [delta.low, delta.high]})
+                for long, short in ((first, second), (second, first)):
+                    matched = token_matched_best_of_n(results[benchmark, long], results[benchmark, short])
+                    if matched["affordable_n"] > 1:
+                        names = {"benchmark": benchmark, "model": short, "budget_of": long}
+                        best_of_n.append({**names, **matched})
+    return {"differences": differences, "token_matched_best_of_n": best_of_n}

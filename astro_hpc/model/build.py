@@ -1,0 +1,123 @@
+"""Megatron-Core's GPTModel as a Llama: one layer spec, Transformer Engine's where it is, ours beside local layers elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from astro_hpc.config.schema import ParallelConfig, PrecisionConfig
+from astro_hpc.model.cpu import device, megatron_device, on_cpu
+from astro_hpc.model.llama import LlamaShape, transformer_config
+from astro_hpc.model.parallel import padded_vocab_size
+from astro_hpc.model.precision import has_transformer_engine, params_dtype
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm that also works with sequence parallelism, which Megatron's local norm refuses."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Tells Megatron to add up this weight's gradient over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal grouped-query attention, each packed sequence by itself, by PyTorch's scaled_dot_product_attention.
+
+    Megatron's local attention refuses packed (thd) input, which is the only form training uses here.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        self.grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [tokens, heads, head_dim]; key and value: [tokens, kv_heads, head_dim].
+            packed_seq_params: `cu_seqlens_q` holds the sequences' bounds.
+
+        Returns:
+            [tokens, heads * head_dim]
+        """
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        # [tokens, heads, dim] -> [1, heads, tokens, dim]; views, no copies.
+        query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=self.grouped,
+            )
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        # [1, heads, part, dim] -> [tokens, heads * dim]
+        return torch.cat([part[0].transpose(0, 1) for part in parts]).flatten(1)
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules | ModuleSpec:
+    """The spec of this rank's layers: Transformer Engine's, or Megatron's local layers with our norm and attention."""
+    if has_transformer_engine() and not on_cpu():
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def build_model(shape: LlamaShape, parallel: ParallelConfig, precision: PrecisionConfig) -> list[GPTModel]:
+    """This rank's model chunks (one, or as many as virtual pipeline stages), weights not yet set.
+
+    Megatron's parallel state must be initialised.
+    """
+    config = transformer_config(shape, parallel, precision, cpu=on_cpu())
+    virtual = parallel.virtual_pipeline_parallel_size
+    chunks = []
+    with megatron_device():
+        for vp_stage in range(virtual) if virtual else [None]:
+            first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+            last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+            model = GPTModel(
+                config=config,
+                transformer_layer_spec=layer_spec(config, vp_stage),
+                vocab_size=padded_vocab_size(shape.vocab_size, parallel.tensor_parallel_size),
+                max_sequence_length=shape.max_position_embeddings,
+                pre_process=first,
+                post_process=last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=shape.tied,
+                position_embedding_type="rope",
+                rotary_base=shape.rope_theta,
+                rope_scaling=shape.rope_scaling_factor is not None,
+                rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+                vp_stage=vp_stage,
+            )
+            chunks.append(model.to(device=device(), dtype=params_dtype(precision)))
+    return chunks

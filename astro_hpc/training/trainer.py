@@ -1,0 +1,289 @@
+"""One train step on Megatron-Core: forward and backward by its schedules, its gradient buffers, its optimizer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from astro_hpc.conversion.hf import load_hf, named_hf_tensors, save_hf
+from astro_hpc.model.build import build_model
+from astro_hpc.model.cpu import device, megatron_device, on_cpu
+from astro_hpc.model.llama import LlamaShape
+from astro_hpc.model.parallel import check_parallel, initialise_parallel, launched_world_size
+from astro_hpc.training.logprobs import target_logprobs
+from astro_hpc.training.packing import PackedBatch
+
+LossFunction = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, dict[str, float]]]
+"""(log-probabilities of the targets [T] float32 with gradient, batch) -> (scalar loss, numbers to add up)."""
+
+
+class Trainer:
+    """A Llama with its optimizer, ready to train: supervised and reinforcement learning share it."""
+
+    def __init__(
+        self,
+        hf_dir: Path,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Build the model, load the weights of `hf_dir`, set up AdamW and its schedule over `total_steps`.
+
+        Raises:
+            ConfigError: the model, the parallel sizes or the precision can't be had here.
+        """
+        self.hf_dir = Path(hf_dir)
+        self.shape = LlamaShape.from_hf(self.hf_dir)
+        self.parallel = parallel
+        check_parallel(self.shape, parallel, launched_world_size(), cpu=on_cpu())
+        initialise_parallel(parallel, seed)
+        with megatron_device():
+            models = build_model(self.shape, parallel, precision)
+            load_hf(models, self.hf_dir)
+            self._config = models[0].config
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_grad_reduce=False,
+                fp8_param_gather=precision.fp8_param_gather,
+            )
+            self.chunks = [
+                DistributedDataParallel(self._config, ddp, model, disable_bucketing=index > 0)
+                for index, model in enumerate(models)
+            ]
+            self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, parallel, precision), self.chunks)
+            _use_fused_adamw(self.optimizer)
+        self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
+        self._config.finalize_model_grads_func = _sum_gradients
+        self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
+        self._rows = _RowSelector(models[-1], enabled=not parallel.sequence_parallel)
+
+    @property
+    def data_rank_and_size(self) -> tuple[int, int]:
+        """This rank's place among the data-parallel ranks."""
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    def train_step(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction) -> dict[str, float]:
+        """One optimizer step on the sum of the micro-batches' losses (the caller normalises).
+
+        Gradients are accumulated in float32 and added up over data-parallel ranks, clipped by their global norm.
+
+        Returns:
+            loss (summed), grad_norm (before clipping), lr, and the sums of what `loss_fn` returned.
+        """
+        with megatron_device():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            outputs = self._run(micro_batches, loss_fn, forward_only=False)
+            # Stepping the schedule first gives step i of n the rate at i / (n + 1): none is wasted at a rate of 0.
+            self.scheduler.step(increment=1)
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            _, grad_norm, _ = self.optimizer.step()
+        totals = _sum_dicts(outputs)
+        return {**_reduce_metrics(totals), "grad_norm": float(grad_norm), "lr": lr}
+
+    def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probability of each target where `loss_mask` is not 0, elsewhere 0: [T] float32, no gradient.
+
+        With pipeline parallelism only the last stage has it; the others return zeros.
+        """
+        kept = torch.zeros(batch.num_tokens, dtype=torch.float32, device=device())
+
+        def keep(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
+            kept.copy_(logprobs)
+            return logprobs.sum(), {}
+
+        with megatron_device(), torch.no_grad():
+            self._run([batch], keep, forward_only=True)
+        return kept
+
+    def named_hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The current weights by Hugging Face name; see `conversion.hf.named_hf_tensors`."""
+        return named_hf_tensors(self.chunks, self.shape)
+
+    def export_hf(self, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+        """Write the current weights as a Hugging Face folder; see `conversion.hf.save_hf`."""
+        return save_hf(self.chunks, self.hf_dir, out_dir, dtype)
+
+    def _run(
+        self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction, *, forward_only: bool
+    ) -> list[dict[str, float]]:
+        """Megatron's schedule over the micro-batches; returns their metrics (on the last pipeline stage)."""
+
+        def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            batch = _to_device(next(batches))
+            self._rows.select(batch.loss_mask)
+            output = chunk(
+                batch.tokens[None], batch.position_ids[None], None, packed_seq_params=_packed_params(batch)
+            )
+
+            def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+                logprobs = self._rows.scatter(logits[0], batch, self.shape.vocab_size)
+                loss, metrics = loss_fn(logprobs, batch)
+                # Megatron divides by nothing with calculate_per_token_loss; the token count would only be added up.
+                return loss, torch.zeros((), dtype=torch.int, device=loss.device), {"loss": loss.detach(), **metrics}
+
+            return output, loss_of
+
+        longest = max(batch.num_tokens for batch in micro_batches)
+        streams = [iter(micro_batches) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=streams if len(streams) > 1 else streams[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=longest,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+class _RowSelector:
+    """Lets the output layer work only on positions whose target carries loss.
+
+    A vocabulary is large: with prompts masked this saves much of the step. A forward pre-hook of the output layer
+    does it, so that GPTModel stays as it is. With sequence parallelism the layer itself gathers its input, so all
+    rows go through it and are chosen from afterwards.
+    """
+
+    def __init__(self, last_chunk: torch.nn.Module, enabled: bool) -> None:
+        self._enabled = enabled
+        self._rows: torch.Tensor | None = None
+        if enabled and last_chunk.post_process:
+            last_chunk.output_layer.register_forward_pre_hook(self._hook)
+
+    def select(self, loss_mask: torch.Tensor) -> None:
+        """Set the rows of the next forward pass; at least one, so that the graph is whole."""
+        rows = loss_mask.nonzero().flatten()
+        self._chosen = rows if rows.numel() else torch.zeros(1, dtype=torch.int64, device=loss_mask.device)
+        self._all = self._chosen.numel() == loss_mask.numel()
+
+    def _hook(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self._all else (args[0].index_select(0, self._chosen), *args[1:])
+
+    def scatter(self, logits: torch.Tensor, batch: PackedBatch, vocab_size: int) -> torch.Tensor:
+        """Logits of the chosen rows -> log-probabilities of all targets, 0 elsewhere. [T] float32."""
+        chosen = batch.loss_mask.nonzero().flatten()
+        if not chosen.numel():
+            return logits.new_zeros(batch.num_tokens, dtype=torch.float32) + logits.sum() * 0.0
+        if not self._enabled and chosen.numel() < batch.num_tokens:
+            logits = logits.index_select(0, chosen)
+        logprobs = target_logprobs(logits, batch.targets[chosen], vocab_size)
+        if chosen.numel() == batch.num_tokens:
+            return logprobs
+        return logprobs.new_zeros(batch.num_tokens).index_copy(0, chosen, logprobs)
+
+
+def _optimizer_config(
+    optimizer: OptimizerConfig, parallel: ParallelConfig, precision: PrecisionConfig
+) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        # Megatron computes the norm only when it clips; an unreachable limit keeps the norm in the metrics.
+        clip_grad=optimizer.clip_grad or float("inf"),
+        bf16=precision.dtype == "bf16",
+        params_dtype=torch.bfloat16 if precision.dtype == "bf16" else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
+    )
+
+
+def _scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Warm-up and decay over `total_steps` calls of step(); the decay would end one step after the last."""
+    decay_steps = total_steps + 1
+    warmup = min(round(config.lr_warmup_fraction * total_steps), decay_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=config.lr_schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+    )
+
+
+def _use_fused_adamw(optimizer: Any) -> None:
+    """Let torch's AdamW, Megatron's fallback without Transformer Engine or Apex, update each tensor in one pass."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        base = inner.optimizer
+        if isinstance(base, torch.optim.AdamW):
+            for group in [*base.param_groups, base.defaults]:
+                group["fused"], group["foreach"] = True, False
+
+
+def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's reduction of gradients, without its division by the number of tokens: losses add up here."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _packed_params(batch: PackedBatch) -> PackedSeqParams:
+    # The longest example exactly: Megatron takes a rotary table as long as the pack for one of running positions.
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+def _to_device(batch: PackedBatch) -> PackedBatch:
+    if on_cpu():
+        return batch
+    where = device()
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(where, non_blocking=True)
+
+    return PackedBatch(
+        move(batch.tokens),
+        move(batch.targets),
+        move(batch.loss_mask),
+        move(batch.position_ids),
+        move(batch.cu_seqlens),
+        {name: move(tensor) for name, tensor in batch.extras.items()},
+    )
+
+
+def _sum_dicts(rows: list[dict[str, Any]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for name, value in itertools.chain.from_iterable(row.items() for row in rows):
+        totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+def _reduce_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """Add up over data-parallel ranks; give the last pipeline stage's numbers to all stages."""
+    if torch.distributed.get_world_size() == 1:
+        return totals
+    gathered: list[dict[str, float] | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, totals)
+    # Tensor-parallel ranks of one data-parallel rank report the same numbers: count each once.
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    return _sum_dicts([{name: value / tp for name, value in row.items()} for row in gathered if row])

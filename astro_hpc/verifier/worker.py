@@ -1,0 +1,101 @@
+"""The process that compares what is too hard to compare exactly. Run by the pool, never imported by it.
+
+It imports its libraries once, then serves requests in a forked child. A child that overruns its time or memory is
+killed and the next one is forked from here within milliseconds. Requests and replies are JSON with a length before
+them; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import Any
+
+from astro_hpc.run.process import die_with_parent
+
+_HEADER = struct.Struct("!I")
+
+
+def main() -> None:
+    """Serve until standard input closes. Arguments: the parent's process id, memory in bytes, seconds an answer."""
+    parent, memory, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    die_with_parent(parent)
+    requests, replies = os.dup(0), os.dup(1)
+    silence = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(silence, descriptor)
+    try:
+        from astro_hpc.verifier import judge
+    except Exception as error:  # the pool reports it: standard error is closed
+        _send(replies, {"fatal": f"{type(error).__name__}: {error}"})
+        return
+    child = 0
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(child, signal.SIGKILL) if child else None)
+    while True:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        this = os.getpid()
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+            code = 1
+            with contextlib.suppress(BaseException):
+                die_with_parent(this)
+                resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+                code = _serve(judge, requests, replies, seconds)
+            os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        _, status = os.waitpid(child, 0)
+        child = 0
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+            return
+
+
+def _serve(judge: Any, requests: int, replies: int, seconds: float) -> int:
+    """Answer requests; returns the exit code: 0 when the pool closed the pipe, 1 to be replaced."""
+    _send(replies, {"ready": True})
+    while True:
+        header = _receive(requests, _HEADER.size)
+        if header is None:
+            return 0
+        body = _receive(requests, _HEADER.unpack(header)[0])
+        if body is None:
+            return 0
+        # A second guard, should the pool be gone or stopped: the default action of SIGALRM ends this process.
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        try:
+            outcome, fresh = judge.judge(json.loads(body)), True
+        except (MemoryError, RecursionError):
+            outcome, fresh = "unknown", False
+        except Exception:
+            outcome, fresh = "unknown", True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _send(replies, {"outcome": outcome})
+        if not fresh:
+            return 1
+
+
+def _receive(descriptor: int, size: int) -> bytes | None:
+    chunks = []
+    while size:
+        chunk = os.read(descriptor, min(size, 1 << 20))
+        if not chunk:
+            return None
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
+def _send(descriptor: int, value: dict[str, Any]) -> None:
+    os.write(descriptor, json.dumps(value).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The clone stage on trees grown from walks of the signs family."""
+
+import json
+import random
+
+import pytest
+
+from astro_hpc.cloning import stage
+from astro_hpc.cloning.phrases import Phrases
+from astro_hpc.cloning.self_evaluation import SelfEvaluator
+from astro_hpc.cloning.verbalize import replay
+from astro_hpc.cloning.warmup import write_examples
+from astro_hpc.config.base import ConfigError
+from astro_hpc.config.schema import RunConfig, SignsSource
+from astro_hpc.inference.scripted import ScriptedEngine
+from astro_hpc.problems import signs
+from astro_hpc.run.files import Journal, read_jsonl
+from astro_hpc.run.stage import StageContext
+from astro_hpc.search.tree import Node, Tree
+
+
+def walk_tree(problem, seed, num_walks=12):
+    """A tree whose leaves are random walks, with equal steps merged, as a search with kept rollouts leaves it."""
+    rng = random.Random(seed)
+    tree = Tree(problem, [Node(0, None, 0, origin="root")])
+    for _ in range(num_walks):
+        node = tree.root
+        lines = signs.random_walk(problem, rng)
+        for line in lines:
+            step = line if line is lines[-1] else line + "\n"
+            found = next((child for child in tree.children(node) if child.step == step), None)
+            if found is None:
+                found = Node(len(tree.nodes), node.id, node.depth + 1, step=step, q=rng.random(), origin="rollout")
+                tree.nodes.append(found)
+                node.children.append(found.id)
+            node = found
+            node.visits += 1
+        answer = lines[-1].removeprefix("\\boxed{").removesuffix("}")
+        right = signs.check(problem.metadata["numbers"], problem.metadata["target"], answer)
+        node.terminal, node.answer, node.outcome = True, answer, "right" if right else "wrong"
+        node.q = node.reward = float(right)
+    return tree
+
+
+def walk_trees(count=30, seed=0):
+    return [walk_tree(p, f"{seed}/{p.id}") for p in signs.generate(SignsSource(count=count, seed=seed))]
+
+
+def make_config(tmp_path, **clone):
+    clone = {"self_evaluation_samples": 0, "phrases": "short", "attempt_note": True, **clone}
+    return RunConfig(
+        name="t",
+        runs_dir=tmp_path,
+        problems={"train": [{"type": "signs", "count": 30}]},
+        model={"prompt_style": "minimal-chat"},
+        clone=clone,
+    )
+
+
+def run_stage(tmp_path, trees, folder="traces", model_dir=None, **clone):
+    cfg = make_config(tmp_path, **clone)
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    ctx = StageContext(cfg, tmp_path / folder, "clone")
+    astro, direct, filters = stage.run(ctx, trees=trees, model_dir=model_dir)
+    return list(read_jsonl(astro)), list(read_jsonl(direct)), json.loads(filters.read_text())
+
+
+def test_both_arms_come_from_the_same_trees_in_equal_size(tmp_path):
+    trees = walk_trees()
+    astro, direct, filters = run_stage(tmp_path, trees)
+    assert filters["trees"]["read"] == 30
+    assert filters["trees"]["used"] == len({row["problem_id"] for row in astro}) == sum(tree.solved for tree in trees)
+    assert filters["trees"]["unsolved"] + filters["trees"]["used"] == 30
+    counts = filters["astro"]
+    lost = counts["no_incorrect_terminal"] + counts["duplicate"] + counts["too_long"]
+    assert counts["wanted"] == 4 * filters["trees"]["used"] == lost + counts["written"]
+    assert counts["written"] == len(astro) > 50
+    assert [row["problem_id"] for row in direct] == [row["problem_id"] for row in astro]
+    assert {row["k"] for row in direct} == {0}
+    assert {row["k"] for row in astro} == {0, 1, 2}
+    assert filters["direct"]["repeats"] == sum(row["repeat"] > 0 for row in direct) > 0
+    fresh = [row["completion"] for row in direct if row["repeat"] == 0]
+    assert len({(row["problem_id"], row["completion"]) for row in direct}) == len(fresh)
+
+
+def test_rows_hold_prompt_text_and_a_graph_that_replays(tmp_path):
+    trees = {tree.problem.id: tree for tree in walk_trees()}
+    astro, direct, _ = run_stage(tmp_path, list(trees.values()))
+    phrases = Phrases.load("short")
+    for row in [*astro, *direct]:
+        tree = trees[row["problem_id"]]
+        path = replay(row["graph"])
+        assert tree.nodes[path[-1]].outcome == "right"
+        assert row["answer"] == tree.nodes[path[-1]].answer
+        assert sum(tree.nodes[i].outcome == "wrong" for i in path) == row["k"]
+        assert phrases.count_backtracks(row["completion"]) == row["k"]
+        assert row["prompt"] == f"<|im_start|>user\n{tree.problem.text}<|im_end|>\n<|im_start|>assistant\n"
+        assert row["messages"][1]["content"] == row["completion"]
+    assert len({row["id"] for row in [*astro, *direct]}) == len(astro) + len(direct)
+    tried = [row for row in astro if row["k"]]
+    assert all("We got" in row["completion"] for row in tried)
+    assert not any("We got" in row["completion"] or "Our solution" in row["completion"] for row in direct)
+
+
+def test_journals_and_trees_in_memory_give_the_same_bytes(tmp_path):
+    trees = walk_trees()
+    with Journal(tmp_path / "trees.jsonl") as journal:
+        for tree in trees:
+            journal.append(tree.to_json())
+    run_stage(tmp_path, trees, "memory")
+    run_stage(tmp_path, [tmp_path / "trees.jsonl"], "journal")
+    for name in ("astro.jsonl", "direct.jsonl", "filters.json"):
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "journal" / name).read_bytes()
+
+
+def test_arms_without_equal_size(tmp_path):
+    _, direct, filters = run_stage(tmp_path, walk_trees(), equal_arms=False, num_direct=2)
+    assert filters["direct"]["repeats"] == 0
+    assert max(sum(r["problem_id"] == row["problem_id"] for r in direct) for row in direct) == 2
+
+
+def test_examples_longer_than_sft_takes_are_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "_token_counter", lambda model_dir: lambda prompt, text: len(prompt) + len(text) + 1)
+    cfg = make_config(tmp_path)
+    cfg.sft.seq_length = 330
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    ctx = StageContext(cfg, folder, "clone")
+    astro, direct, filters = stage.run(ctx, trees=walk_trees())
+    rows, report = list(read_jsonl(astro)), json.loads(filters.read_text())
+    assert max(row["num_tokens"] for row in rows) <= 330
+    assert report["astro"]["too_long"] > 0
+    assert report["num_tokens"]["astro"]["max"] <= 330
+    assert ctx.counts["tokens"] == sum(row["num_tokens"] for row in [*rows, *read_jsonl(direct)])
+
+
+def test_no_solved_tree_is_an_error_that_leaves_the_counts(tmp_path):
+    unsolved = [tree for tree in walk_trees(80) if not tree.solved]
+    with pytest.raises(ConfigError, match="none of"):
+        run_stage(tmp_path, unsolved)
+    assert json.loads((tmp_path / "traces" / "filters.json").read_text())["trees"]["unsolved"] == len(unsolved)
+
+
+def test_self_evaluation_keeps_what_the_quorum_accepts(tmp_path, monkeypatch):
+    def judge(context, rng):
+        """Accepts solutions that begin with a plus, and now and then another."""
+        solution = context.rsplit("Solution: ", 1)[1].splitlines()[0]
+        return f"Looks fine.\nVerdict: {'correct' if '+' in solution or rng.random() < 0.3 else 'incorrect'}"
+
+    engine = ScriptedEngine(judge, max_model_len=100_000)
+    trees = walk_trees()
+
+    def evaluator(ctx, model_dir):
+        return SelfEvaluator(engine, lambda question: question, 4, ctx.cfg.clone.self_evaluation_quorum, seed=1)
+
+    monkeypatch.setattr(stage, "_evaluator", evaluator)
+    strict, _, filters = run_stage(tmp_path, trees)
+    for row in strict:
+        if row["k"] == 0:
+            assert "+" in row["completion"].splitlines()[0]
+    counts = filters["trees"]
+    assert counts["self_evaluation"] > 0
+    assert counts["right_terminals_rejected"] > 0
+    assert counts["read"] == counts["unsolved"] + counts["self_evaluation"] + counts["used"]
+    assert engine.stats.requests == 4 * counts["right_terminals"]
+    _, _, lenient = run_stage(tmp_path, trees, self_evaluation_quorum=0.25)
+    assert lenient["trees"]["right_terminals_rejected"] < counts["right_terminals_rejected"]
+
+
+def test_self_evaluation_needs_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="self_evaluation_samples"):
+        run_stage(tmp_path, walk_trees(2), self_evaluation_samples=8)
+
+
+def test_rows_load_with_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    astro, _, _ = run_stage(tmp_path, walk_trees())
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "traces" / "astro.jsonl"), split="train")
+    assert loaded.num_rows == len(astro)
+
+
+def test_warmup_walks_are_legal_and_ignore_the_target(tmp_path):
+    cfg = make_config(tmp_path)
+    cfg.warmup.problems = SignsSource(count=40, seed=2)
+    cfg.warmup.num_walks = 100
+    rows = list(read_jsonl(write_examples(StageContext(cfg, tmp_path, "warmup"))))
+    problems = {problem.id: problem for problem in signs.generate(cfg.warmup.problems)}
+    assert len(rows) == len({row["id"] for row in rows}) == 100
+    right = 0
+    for row in rows:
+        problem = problems[row["problem_id"]]
+        *steps, last = row["completion"].split("\n")
+        assert len(steps) == 3
+        expression = last.removeprefix("\\boxed{").removesuffix("}")
+        right += signs.check(problem.metadata["numbers"], problem.metadata["target"], expression)
+    assert 5 < right < 60
