@@ -131,7 +131,7 @@ def test_examples_longer_than_sft_takes_are_dropped_and_counted(tmp_path, monkey
     assert max(row["num_tokens"] for row in rows) <= 330
     assert report["astro"]["too_long"] > 0
     assert report["num_tokens"]["astro"]["max"] <= 330
-    assert ctx.counts["tokens"] == sum(row["num_tokens"] for row in [*rows, *read_jsonl(direct)])
+    assert ctx.counts["trace_tokens"] == sum(row["num_tokens"] for row in [*rows, *read_jsonl(direct)])
 
 
 def test_no_solved_tree_is_an_error_that_leaves_the_counts(tmp_path):
@@ -163,8 +163,46 @@ def test_self_evaluation_keeps_what_the_quorum_accepts(tmp_path, monkeypatch):
     assert counts["right_terminals_rejected"] > 0
     assert counts["read"] == counts["unsolved"] + counts["self_evaluation"] + counts["used"]
     assert engine.stats.requests == 4 * counts["right_terminals"]
-    _, _, lenient = run_stage(tmp_path, trees, self_evaluation_quorum=0.25)
+    # a second attempt asks only what the journal lacks, and ends the same
+    journal = tmp_path / "traces" / "self_evaluation.jsonl"
+    before = (tmp_path / "traces" / "astro.jsonl").read_bytes()
+    run_stage(tmp_path, trees)
+    assert engine.stats.requests == 4 * counts["right_terminals"]
+    journal.write_bytes(journal.read_bytes()[:-5])
+    run_stage(tmp_path, trees)
+    assert engine.stats.requests == 8 * counts["right_terminals"]
+    assert (tmp_path / "traces" / "astro.jsonl").read_bytes() == before
+    _, _, lenient = run_stage(tmp_path, trees, folder="lenient", self_evaluation_quorum=0.25)
     assert lenient["trees"]["right_terminals_rejected"] < counts["right_terminals_rejected"]
+
+
+def test_steps_that_contradict_the_answer_can_be_left_out(tmp_path):
+    trees = walk_trees()
+    for tree in trees[::2]:
+        for node in tree.nodes:
+            node.step = node.step.replace("Step 2: ", "Step 2: 1")  # 4 + 2 = 6 becomes 14 + 2 = 6
+    _, _, loose = run_stage(tmp_path, trees, "loose")
+    astro, direct, strict = run_stage(tmp_path, trees, "strict", check_steps=True)
+    assert strict["trees"]["used"] == sum(tree.solved for tree in trees[1::2]) < loose["trees"]["used"]
+    assert strict["trees"]["no_sound_solution"] == sum(tree.solved for tree in trees[::2])
+    assert strict["trees"]["terminals_with_bad_steps"] > 0
+    assert not any("Step 2: 1" in row["completion"] and row["problem_id"] in {t.problem.id for t in trees[::2]}
+                   for row in [*astro, *direct])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "answer", "agree"),
+    [
+        (["Step 1: 4 - 2 = 2", "Step 2: 2 + 3 = 5\n"], "4 - 2 + 3", True),
+        (["Step 1: 4 - 2 = 2", "Step 2: 2 + 3 = 6"], "4 - 2 + 3", False),
+        (["Step 1: 4 - 2 = 2"], "4 - 2 + 3", False),
+        (["Step 1: 4 + 2 = 6", "Step 2: 6 + 3 = 9"], "4 - 2 + 3", False),
+        (["Step 1: 2 - 4 = -2"], "2 - 4 = -2", True),
+        ([], "nonsense", False),
+    ],
+)
+def test_steps_agree_with_the_answer(lines, answer, agree):
+    assert signs.steps_agree(lines, answer) is agree
 
 
 def test_self_evaluation_needs_a_model(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astro_hpc.evaluation.metrics import (
+    Attempt,
     Graded,
     maj_at_k,
     paired_difference,
@@ -22,7 +23,9 @@ from astro_hpc.evaluation.metrics import (
 def samples(pattern, answers=None, tokens=10):
     """`"1101"` -> four samples; right answers say R, wrong ones w, unless given."""
     answers = answers or ["R" if c == "1" else "w" for c in pattern]
-    return [Graded(c == "1", c == "1", a, tokens) for c, a in zip(pattern, answers, strict=True)]
+    return [
+        Graded(c == "1", a, tokens, attempts=(Attempt(c == "1"),)) for c, a in zip(pattern, answers, strict=True)
+    ]
 
 
 @given(st.integers(0, 8), st.integers(1, 8))
@@ -99,9 +102,13 @@ def test_best_of_n_spends_the_longer_models_tokens():
 
 
 def test_summary_of_two_problems():
+    miss, hit = Attempt(False, went_back=True), Attempt(True)
     results = {
-        "a": [Graded(True, False, "5", 30, 2), Graded(True, True, "5", 10, 0)],
-        "b": [Graded(False, False, None, 50, 4, truncated=True), Graded(False, False, "7", 10, 0)],
+        "a": [Graded(True, "5", 30, 2, attempts=(miss, miss, hit)), Graded(True, "5", 10, 0, attempts=(hit,))],
+        "b": [
+            Graded(False, None, 50, 4, truncated=True, attempts=(miss, Attempt(False, True, repeated=True))),
+            Graded(False, "7", 10, 0, attempts=(Attempt(False),)),
+        ],
     }
     summary = summarize(results, majority=8)
     assert summary["pass_at_1"] == 0.5
@@ -110,6 +117,10 @@ def test_summary_of_two_problems():
     assert summary["pass_at_k"] == 0.5
     assert summary["backtracks_per_response"] == 1.5
     assert summary["responses_with_backtrack"] == 0.5
+    assert summary["attempts_per_response"] == 7 / 4
+    assert (summary["right_attempts_kept"], summary["wrong_attempts_left"]) == (1, 4 / 5)
+    assert summary["repeated_attempts"] == 1 / 7
     assert (summary["tokens_per_response"], summary["tokens_right"], summary["tokens_wrong"]) == (25, 20, 30)
     assert (summary["truncated"], summary["no_answer"]) == (0.25, 0.25)
     assert summarize({"a": samples("00")})["tokens_right"] is None
+    assert summarize({"a": [Graded(False, None, 3)]})["right_attempts_kept"] is None

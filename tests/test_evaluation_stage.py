@@ -1,6 +1,7 @@
 """The eval stage with a scripted engine: files, resume, grading, summary, table."""
 
 import io
+import itertools
 import json
 import random
 import shutil
@@ -11,7 +12,7 @@ import astro_hpc.inference
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import EvalLimits, RunConfig
 from astro_hpc.evaluation import stage
-from astro_hpc.evaluation.stage import first_attempt_text
+from astro_hpc.evaluation.stage import attempt_ends
 from astro_hpc.evaluation.table import print_table
 from astro_hpc.inference.scripted import ScriptedEngine
 from astro_hpc.problems import signs
@@ -91,7 +92,8 @@ def test_files_are_in_nemo_skills_form_and_every_model_draws_the_same_seeds(cfg,
             for row in rows:
                 meta = problems[row["id"]].metadata
                 answer = row["generation"].rsplit("{", 1)[1][:-1]
-                assert row["is_correct"] == row["symbolic_correct"] == signs.check(meta["numbers"], meta["target"], answer)
+                assert row["is_correct"] == signs.check(meta["numbers"], meta["target"], answer)
+                assert row["symbolic_correct"] == row["is_correct"]
                 assert row["num_generated_tokens"] == len(row["generation"]) + 1
                 assert row["num_backtracks"] == row["generation"].count("restart")
     by_version = {v: [(r.prompt_token_ids, r.seed) for version, r in engine.requests if version == v] for v in (0, 1)}
@@ -110,6 +112,11 @@ def test_summary_tells_first_attempts_from_final_answers(cfg, engine):
     assert sft["first_attempt"] == base["pass_at_1"]  # the same seeds walk the same first time
     assert sft["pass_at_1"] > sft["first_attempt"]
     assert sft["responses_with_backtrack"] == pytest.approx(1 - sft["first_attempt"])
+    assert sft["attempts_per_response"] == pytest.approx(2 - sft["first_attempt"])
+    assert sft["right_attempts_kept"] == 1
+    assert 0.5 < sft["wrong_attempts_left"] < 1  # the players give up after the second
+    assert 0 < sft["repeated_attempts"] < 0.5
+    assert base["wrong_attempts_left"] == 0
     (delta,) = summary["differences"]
     assert (delta["model"], delta["minus"]) == ("sft", "base")
     assert delta["value"] == pytest.approx(sft["pass_at_1"] - base["pass_at_1"])
@@ -166,7 +173,7 @@ def test_table_shows_every_column(cfg, engine):
     print_table(cfg, stream)
     title, header, *rows = stream.getvalue().splitlines()
     assert title.startswith("signs: % of 20 problems")
-    for name in ("pass@1", "pass@k", "first attempt", "chance", "backtracks/response", "tokens/response", "minutes"):
+    for name in ("pass@1", "pass@3", "first attempt", "chance", "backtracks/response", "tokens/response", "minutes"):
         assert name in header
     assert [row.split()[0] for row in rows] == ["base", "sft"]
     assert f"{100 * summary['results'][1]['pass_at_1']:.1f} ± " in rows[1]
@@ -174,21 +181,22 @@ def test_table_shows_every_column(cfg, engine):
 
 
 @pytest.mark.parametrize(
-    ("text", "first"),
+    ("text", "attempts"),
     [
-        ("no answer", None),
-        (r"a \boxed{1} b", None),
-        (r"a \boxed{1} b \boxed{2}", r"a \boxed{1}"),
-        (r"a \boxed{\frac{1}{2}} b \boxed{2", r"a \boxed{\frac{1}{2}}"),
-        (r"a \boxed{1 and \boxed{2}", None),
+        ("no answer", []),
+        (r"a \boxed{1} b", [r"a \boxed{1}"]),
+        (r"a \boxed{1} b \boxed{2}", [r"a \boxed{1}", r" b \boxed{2}"]),
+        (r"a \boxed{\frac{1}{2}} b \boxed{2", [r"a \boxed{\frac{1}{2}}"]),
+        (r"a \boxed{1 and \boxed{2}", [r"a \boxed{1 and \boxed{2}"]),
     ],
 )
-def test_first_attempt_ends_at_the_first_complete_answer(text, first):
-    assert first_attempt_text(text, "\\boxed{") == first
+def test_attempts_end_at_complete_answers(text, attempts):
+    ends = attempt_ends(text, "\\boxed{")
+    assert [text[a:b] for a, b in itertools.pairwise([0, *ends])] == attempts
 
 
-def test_first_attempt_of_a_line_marker():
-    assert first_attempt_text("Answer: 3\nno\nAnswer: 4\n", "Answer:") == "Answer: 3\n"
+def test_attempts_of_a_line_marker():
+    assert attempt_ends("Answer: 3\nno\nAnswer: 4", "Answer:") == [9, 22]
 
 
 def test_seeds_do_not_depend_on_the_run(cfg, engine):

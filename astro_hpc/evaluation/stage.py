@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from astro_hpc.cloning.phrases import Phrases
 from astro_hpc.config.base import ConfigError
-from astro_hpc.evaluation.metrics import Graded, Results, paired_difference, summarize, token_matched_best_of_n
+from astro_hpc.evaluation.metrics import (
+    Attempt,
+    Graded,
+    Results,
+    paired_difference,
+    summarize,
+    token_matched_best_of_n,
+)
 from astro_hpc.problems import signs
 from astro_hpc.problems.final_answer import closing_brace
 from astro_hpc.problems.problem import Problem
@@ -29,6 +36,9 @@ from astro_hpc.run.stage import CheckpointedExit, StageContext
 if TYPE_CHECKING:
     from astro_hpc.inference.engine import Engine, Sample, SampleRequest
     from astro_hpc.verifier.pool import Verdict, VerifierPool
+
+_MAX_ATTEMPTS = 64
+"""Attempts of one response that are judged one by one; a response that repeats itself can hold thousands."""
 
 
 def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
@@ -157,13 +167,19 @@ class _Grader:
         )
 
     def _submit(self, problem: Problem, sample: Sample) -> _Response:
-        first = first_attempt_text(sample.text, self.style.answer_marker)
-        verdict = self.pool.submit(problem, sample.text)
-        return _Response(sample, verdict, verdict if first is None else self.pool.submit(problem, first))
+        ends = attempt_ends(sample.text, self.style.answer_marker)[:_MAX_ATTEMPTS]
+        attempts = [self.pool.submit(problem, sample.text[:end]) for end in ends]
+        return _Response(sample, self.pool.submit(problem, sample.text), ends, attempts)
 
     def _row(self, problem: Problem, response: _Response, index: int) -> dict[str, Any]:
         """A row in NeMo-Skills' form, under both of the names it has had for the verdict, and our own fields."""
         sample, verdict = response.sample, response.verdict.result()
+        attempts = []
+        untils = [*response.ends, len(sample.text)][1:]
+        for end, until, future in zip(response.ends, untils, response.attempts, strict=True):
+            judged, after = future.result(), sample.text[end:until]
+            went_back = self.phrases.count_backtracks(after) > 0
+            attempts.append({"answer": judged.answer, "outcome": judged.outcome, "went_back": went_back})
         return {
             "id": problem.id,
             "problem": problem.text,
@@ -176,7 +192,7 @@ class _Grader:
             "finish_reason": sample.finish_reason,
             "sample": index,
             "outcome": verdict.outcome,
-            "first_attempt_correct": response.first_verdict.result().outcome == "right",
+            "attempts": attempts,
             "num_backtracks": self.phrases.count_backtracks(sample.text),
         }
 
@@ -187,30 +203,42 @@ class _Response:
 
     sample: Sample
     verdict: Future[Verdict]
-    first_verdict: Future[Verdict]
+    ends: list[int]
+    attempts: list[Future[Verdict]]
 
 
-def first_attempt_text(text: str, marker: str) -> str | None:
-    """The response up to its first complete final answer; None when no other marker follows (or there is none)."""
-    begin = text.find(marker)
-    if begin < 0:
-        return None
-    begin += len(marker)
-    end = closing_brace(text, begin) if marker.endswith("{") else text.find("\n", begin)
-    if end is None or end < 0 or text.find(marker, end) < 0:
-        return None
-    return text[: end + 1]
+def attempt_ends(text: str, marker: str) -> list[int]:
+    """Where each complete final answer of a response ends (index behind it)."""
+    ends: list[int] = []
+    at = text.find(marker)
+    while at >= 0:
+        begin = at + len(marker)
+        if marker.endswith("{"):
+            brace = closing_brace(text, begin)
+            end = None if brace is None else brace + 1
+        else:
+            newline = text.find("\n", begin)
+            end = len(text) if newline < 0 else newline
+        if end is not None:
+            ends.append(end)
+        at = text.find(marker, begin if end is None else end)
+    return ends
 
 
 def graded(row: Mapping[str, Any]) -> Graded:
     """What the metrics need of a row of an output file."""
+    attempts, seen = [], set()
+    for attempt in row["attempts"]:
+        repeated = attempt["answer"] in seen
+        seen.add(attempt["answer"])
+        attempts.append(Attempt(attempt["outcome"] == "right", attempt["went_back"], repeated))
     return Graded(
         correct=bool(row["is_correct"]),
-        first_correct=bool(row["first_attempt_correct"]),
         answer=row["predicted_answer"],
         num_tokens=row["num_generated_tokens"],
         num_backtracks=row["num_backtracks"],
         truncated=row["finish_reason"] == "length",
+        attempts=tuple(attempts),
     )
 
 

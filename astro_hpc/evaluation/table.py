@@ -14,21 +14,24 @@ from rich.table import Table
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.run.stage import read_manifest
 
-COLUMNS = (
-    "model",
-    "pass@1",
-    "pass@k",
-    "first attempt",
-    "chance",
-    "backtracks/response",
-    "tokens/response",
-    "minutes",
-)
-"""What the columns are; pass@1 carries its 95 % interval, shares are in percent, minutes are the model's training."""
+
+def table_columns(summary: Mapping[str, Any], benchmark: str) -> tuple[str, ...]:
+    """Names of the columns; pass@1 carries its 95 % interval, shares are in percent, minutes are of training."""
+    k = _most_samples(summary, benchmark)
+    return (
+        "model",
+        "pass@1",
+        f"pass@{k}",
+        "first attempt",
+        "chance",
+        "backtracks/response",
+        "tokens/response",
+        "minutes",
+    )
 
 
 def table_rows(summary: Mapping[str, Any], benchmark: str, minutes: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """One row a model for `benchmark`, in the order of `COLUMNS`.
+    """One row a model for `benchmark`, in the order of `table_columns`.
 
     Args:
         summary: the content of eval/summary.json.
@@ -36,6 +39,7 @@ def table_rows(summary: Mapping[str, Any], benchmark: str, minutes: Mapping[str,
         minutes: model -> minutes of the stage that made it; absent ones show a dash.
     """
     rows: list[tuple[str, ...]] = []
+    k = _most_samples(summary, benchmark)
     for result in summary["results"]:
         if result["benchmark"] != benchmark:
             continue
@@ -45,7 +49,7 @@ def table_rows(summary: Mapping[str, Any], benchmark: str, minutes: Mapping[str,
             (
                 result["model"],
                 f"{percent(result['pass_at_1'])} ± {percent((high - low) / 2)}",
-                f"{percent(result['pass_at_k'])} (k {result['k']})",
+                percent(result["pass_at_k"]) + (f" (k {result['k']})" if result["k"] != k else ""),
                 percent(result["first_attempt"]),
                 percent(result["chance"]),
                 f"{result['backtracks_per_response']:.2f}",
@@ -73,11 +77,11 @@ def print_table(cfg: RunConfig, file: TextIO | None = None) -> None:
     minutes = training_minutes(cfg)
     for benchmark in benchmarks_of(summary):
         title = f"{benchmark}: % of {_problems(summary, benchmark)} problems, ± is a 95 % interval over problems"
-        rows = table_rows(summary, benchmark, minutes)
+        columns, rows = table_columns(summary, benchmark), table_rows(summary, benchmark, minutes)
         if stream.isatty():
-            _print_rich(title, rows, stream)
+            _print_rich(title, columns, rows, stream)
         else:
-            print("\n".join([title, *_aligned([COLUMNS, *rows])]), file=stream)
+            print("\n".join([title, *_aligned([columns, *rows])]), file=stream)
 
 
 def read_summary(cfg: RunConfig) -> dict[str, Any]:
@@ -97,10 +101,16 @@ def _problems(summary: Mapping[str, Any], benchmark: str) -> int:
     return next(result["num_problems"] for result in summary["results"] if result["benchmark"] == benchmark)
 
 
-def _print_rich(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "model")
+def _most_samples(summary: Mapping[str, Any], benchmark: str) -> int:
+    return max(result["k"] for result in summary["results"] if result["benchmark"] == benchmark)
+
+
+def _print_rich(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
+    # tight enough for 80 columns
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+    for name in columns:
+        two_lines = name.replace("/", "\n/").replace(" ", "\n")
+        table.add_column(two_lines, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console(file=stream).print(table)

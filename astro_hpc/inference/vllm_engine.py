@@ -88,6 +88,7 @@ class VLLMEngine:
         self.max_model_len = cfg.max_model_len
         self._max_waiting = 2 * cfg.max_num_seqs
         self._version = 0
+        self._on_cpu = False
         self._inbox: queue.SimpleQueue[_Job | _Call | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
@@ -168,6 +169,8 @@ class VLLMEngine:
             if engine.has_unfinished_requests():
                 raise RuntimeError("weights can't be replaced while samples are in flight")
             engine.collective_rpc("reload_weights", kwargs=arguments)
+            if self._on_cpu:
+                engine.apply_model(_repack_embeddings)
             if not engine.reset_prefix_cache():
                 raise RuntimeError("vLLM did not clear its prefix cache: it would serve the old weights' keys")
             self._version = version
@@ -208,6 +211,7 @@ class VLLMEngine:
     def _run(self, model_dir: Path, cfg: InferenceConfig, seed: int, started: Future[Any]) -> None:
         try:
             engine = _create(model_dir, cfg, seed)
+            self._on_cpu = engine.vllm_config.device_config.device_type == "cpu"
             started.set_result(engine.renderer.tokenizer)
         except BaseException as error:
             started.set_exception(error)
@@ -217,10 +221,28 @@ class VLLMEngine:
             pump.run()
         except BaseException as error:
             self._failure = error
-            pump.fail_all(error)
+            while True:  # until closed: a request may still be on its way into the inbox
+                pump.fail_all(error)
+                item = self._inbox.get()
+                if item is None:
+                    break
+                _refuse(item, error)
         finally:
             with contextlib.suppress(Exception):
                 engine.engine_core.shutdown()
+
+
+def _repack_embeddings(model: Any) -> None:
+    """Renew the packed copies that CPU kernels keep of embeddings and output head.
+
+    vLLM 0.32 repacks each layer that it loads, but a tied head isn't loaded: it shares the embedding's tensor, and
+    would go on multiplying by its packed copy of the old one.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _close_if_alive(reference: weakref.ref[VLLMEngine]) -> None:
@@ -240,6 +262,13 @@ class _Call:
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
         self.result: Future[Any] = Future()
+
+
+def _refuse(item: _Job | _Call, error: BaseException) -> None:
+    if isinstance(item, _Job):
+        item.deliver(error)
+    else:
+        item.result.set_exception(error)
 
 
 def _settle(future: asyncio.Future[Sample], result: Sample | BaseException) -> None:
@@ -363,18 +392,11 @@ class _Pump:
         )
 
     def fail_all(self, error: BaseException) -> None:
-        """Give `error` to everyone who waits, now and in the inbox."""
+        """Give `error` to everyone who waits."""
         for job in [*self.running.values(), *self.waiting]:
             job.deliver(error)
         self.running.clear()
         self.waiting.clear()
-        while not self.owner._inbox.empty():
-            item = self.owner._inbox.get()
-            if isinstance(item, _Job):
-                item.deliver(error)
-            elif isinstance(item, _Call):
-                item.result.set_exception(error)
-
 
 @contextlib.contextmanager
 def _unchanged_environment(*names: str) -> Iterator[None]:
@@ -395,6 +417,8 @@ def _create(model_dir: Path, cfg: InferenceConfig, seed: int) -> Any:
     prepare_environment()
     import torch
 
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise RuntimeError("an engine can't share its process with a trainer of several ranks; give it its own")
     on_cpu = not torch.cuda.is_available()
     settings: dict[str, Any] = {
         "model": str(model_dir),
@@ -414,11 +438,14 @@ def _create(model_dir: Path, cfg: InferenceConfig, seed: int) -> Any:
         if cfg.quantization is not None:
             raise ConfigError(f"inference.quantization={cfg.quantization} needs an NVIDIA GPU; remove it")
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": int(cfg.cpu_kv_cache_gb * 2**30)}
+        if cfg.dtype == "auto" and not has_fast_bf16():
+            settings["dtype"] = "float32"
         if cfg.cpu_threads is not None:
             torch.set_num_threads(cfg.cpu_threads)
     else:
         settings["gpu_memory_utilization"] = cfg.gpu_memory_utilization
 
+    set_num_threads = torch.set_num_threads
     with _unchanged_environment("LD_PRELOAD", "LOCAL_WORLD_SIZE"):
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -427,3 +454,6 @@ def _create(model_dir: Path, cfg: InferenceConfig, seed: int) -> Any:
             return LLMEngine.from_engine_args(EngineArgs(**settings))
         except ValueError as error:
             raise ConfigError(f"vLLM refuses this model or configuration: {' '.join(str(error).split())}") from error
+        finally:
+            # vLLM disables it for the whole process; OpenMP's setting belongs to a thread, so others may keep theirs.
+            torch.set_num_threads = set_num_threads

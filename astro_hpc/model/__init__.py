@@ -1,8 +1,12 @@
 """The Llama model on Megatron-Core: shapes, layer specs, parallel state, precision, and the CPU device."""
 
 import os
+import warnings
 from pathlib import Path
 
 if not Path("/dev/nvidiactl").exists():
-    # Megatron's jit_fuser is torch.compile, which on a CPU costs minutes and gives nothing. Read when torch is imported.
+    # Megatron's jit_fuser is torch.compile, which on a CPU costs minutes for nothing. Read when torch is imported.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # What Megatron says at each import where there is no GPU; `astro-hpc doctor` says it once.
+    for _message in ("(Transformer Engine and )?Apex (is|are) not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=_message, category=UserWarning)

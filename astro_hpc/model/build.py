@@ -1,7 +1,8 @@
-"""Megatron-Core's GPTModel as a Llama: one layer spec, Transformer Engine's where it is, ours beside local layers elsewhere."""
+"""Megatron-Core's GPTModel as a Llama: Transformer Engine's layer spec where it is, our own parts elsewhere."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class PackedAttention(torch.nn.Module):
                 scale=self.scale,
                 enable_gqa=self.grouped,
             )
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, end in itertools.pairwise(bounds)
         ]
         # [1, heads, part, dim] -> [tokens, heads * dim]
         return torch.cat([part[0].transpose(0, 1) for part in parts]).flatten(1)

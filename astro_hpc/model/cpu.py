@@ -21,7 +21,8 @@ _CUDA_TYPE_NAMES = {
     torch.float16: "torch.cuda.HalfTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
-_MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.nn.functional.linear}
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_WIDENED = {torch.matmul, torch.Tensor.matmul, _ATTENTION}
 _depth = 0
 
 
@@ -49,13 +50,13 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._widen = not has_fast_bf16()
+        self._widen = not has_fast_bf16()  # a matrix product with a weight, and attention
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._widen and func in _MATMULS and args[0].dtype is torch.bfloat16 and args[1].dtype is torch.bfloat16:
-            return func(args[0].float(), args[1].float(), *args[2:]).bfloat16()
+        if self._widen and func in _WIDENED and args[1].dtype is torch.bfloat16:
+            return self._in_float32(func, args, kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -67,6 +68,15 @@ class _CudaMeansCpu(TorchFunctionMode):
                 kwargs["pin_memory"] = False
         return func(*args, **kwargs) if kwargs else func(*args)
 
+    @staticmethod
+    def _in_float32(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        if func is _ATTENTION:
+            return func(*(arg.float() for arg in args), **kwargs).bfloat16()
+        left, right = args
+        # Rows first: a product with a tensor of odd strides would become one small product a row.
+        rows = left.reshape(-1, left.shape[-1]).float()
+        return torch.mm(rows, right.float()).bfloat16().view(*left.shape[:-1], right.shape[1])
+
 
 def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
     return torch.get_rng_state()
@@ -76,6 +86,27 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _with_mode(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A custom function's `backward` under the mode: autograd doesn't carry function modes over."""
+
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        with _CudaMeansCpu():
+            return backward(ctx, *gradients)
+
+    return staticmethod(wrapped)  # type: ignore[return-value]
+
+
+def _keeping_step(set_states: Callable[..., None]) -> Callable[..., None]:
+    """DistributedOptimizer's restoring of one parameter, given the `step` that only torch's AdamW has."""
+
+    def wrapped(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {**tensors, "step": state["step"]})
+
+    return wrapped
+
+
 @contextlib.contextmanager
 def megatron_device() -> Iterator[None]:
     """Run Megatron code inside this block; on CPU it redirects CUDA calls. Blocks may nest (one thread)."""
@@ -83,7 +114,9 @@ def megatron_device() -> Iterator[None]:
     if not on_cpu() or _depth:
         yield
         return
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
 
     _depth += 1
     try:
@@ -95,6 +128,12 @@ def megatron_device() -> Iterator[None]:
                 (torch.cuda, "manual_seed", torch.manual_seed),
                 (megatron_random, "_get_cuda_rng_state", _get_rng_state),
                 (megatron_random, "_set_cuda_rng_state", _set_rng_state),
+                (Linear, "backward", _with_mode(Linear.backward)),
+                (
+                    DistributedOptimizer,
+                    "_set_main_param_and_optimizer_states",
+                    _keeping_step(DistributedOptimizer._set_main_param_and_optimizer_states),
+                ),
             ):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
             stack.enter_context(_CudaMeansCpu())

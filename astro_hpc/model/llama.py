@@ -95,7 +95,7 @@ class LlamaShape:
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
-            raise ConfigError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise ConfigError(f"{where}: num_key_value_heads {kv_heads} doesn't divide num_attention_heads {heads}")
         if config.get("head_dim") is None and hidden % heads:
             raise ConfigError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         theta, factor = _rope(config, where)
@@ -185,6 +185,7 @@ def transformer_config(
         "cross_entropy_loss_fusion": False,
         "apply_rope_fusion": not cpu and _has_transformer_engine(),
         "persist_layer_norm": False,
+        "cuda_graph_scope": [],
         **_recompute_fields(parallel),
         **precision_fields(precision, cpu=cpu),
     }

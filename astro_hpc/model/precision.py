@@ -41,7 +41,7 @@ def fp8_fields(precision: PrecisionConfig) -> dict[str, Any]:
     if precision.fp8 == "none":
         return {}
     if precision.dtype != "bf16":
-        raise ConfigError(f"precision.dtype is {precision.dtype} and precision.fp8 {precision.fp8}: FP8 needs bf16 weights")
+        raise ConfigError(f"precision.fp8 {precision.fp8} needs bf16 weights; precision.dtype is {precision.dtype}")
     start, end = precision.bf16_layers_at_start, precision.bf16_layers_at_end
     if precision.fp8 == "delayed" and (start or end):
         raise ConfigError(

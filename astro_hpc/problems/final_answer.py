@@ -46,3 +46,11 @@ def closing_brace(text: str, begin: int) -> int | None:
             if depth == 0:
                 return match.start()
     return None
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last of the non-overlapping matches."""
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    return found

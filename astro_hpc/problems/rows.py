@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from astro_hpc.problems.final_answer import last_marked
+from astro_hpc.config.base import ConfigError
+from astro_hpc.problems.final_answer import last_marked, last_match
 
 _TEXT_KEYS = ("problem", "question", "text", "prompt")
 _ANSWER_KEYS = ("expected_answer", "answer", "final_answer", "gold")
@@ -17,6 +20,29 @@ _INTEGRAL_FLOAT = re.compile(r"([+-]?\d+)\.0+")
 _GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!)\d{3})+(?:\.\d+)?")
 _INTEGER = re.compile(r"([+-]?)0*(\d+)")
 _MAX_TEXT_CHARS = 100_000
+
+
+def read_numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of a JSON Lines file that isn't blank, one at a time.
+
+    Raises:
+        ConfigError: the file can't be read, or a line is no JSON object; file and line are named.
+    """
+    try:
+        handle = open(path, "rb")  # noqa: SIM115 - closed by the with below
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); check the path") from None
+    with handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}:{number}: expected a JSON object a line, found {type(row).__name__}")
+            yield number, row
 
 
 class UnusableRow(ValueError):
@@ -108,9 +134,7 @@ def _answer_text(row: Mapping[str, Any]) -> str:
 
 def boxed_answer(solution: str) -> str | None:
     r"""The last boxed answer of a reference solution, which may also be written without braces: `\boxed 5`."""
-    unbraced = None
-    for unbraced in _UNBRACED_BOX.finditer(solution):
-        pass
+    unbraced = last_match(_UNBRACED_BOX, solution)
     start = max(solution.rfind("\\boxed{"), solution.rfind("\\fbox{"))
     if unbraced is not None and unbraced.start() > start:
         return unbraced.group(1) or unbraced.group(2)

@@ -98,6 +98,19 @@ def attempt_note(problem: Problem, answer_text: str) -> str | None:
     return f"We got {value} and need {problem.metadata['target']}."
 
 
+def steps_agree(lines: Sequence[str], answer_text: str) -> bool:
+    """Whether `lines` are the steps, with true arithmetic, of exactly the signs that the answer places."""
+    if _parse(answer_text) is None:
+        return False
+    first, *rest = _TOKEN.findall(answer_text.translate(_MINUS).partition("=")[0])
+    total, expected = int(first), []
+    for index, (sign, number) in enumerate(zip(rest[::2], map(int, rest[1::2]), strict=True), 1):
+        after = total + number if sign == "+" else total - number
+        expected.append(f"Step {index}: {total} {sign} {number} = {after}")
+        total = after
+    return [line.strip() for line in lines] == expected
+
+
 def _make_problem(numbers: tuple[int, ...], target: int) -> Problem:
     text = f"Put + or - between the numbers {_join(numbers)} to make {target}."
     metadata = {"numbers": list(numbers), "target": target}
@@ -125,7 +138,9 @@ def _draw_pairs(source: SignsSource, rng: random.Random) -> list[tuple[tuple[int
     return list(drawn)
 
 
-def _all_pairs(tuples: Iterator[tuple[int, ...]] | list[tuple[int, ...]], split: str) -> Iterator[tuple[tuple[int, ...], int]]:
+def _all_pairs(
+    tuples: Iterator[tuple[int, ...]] | list[tuple[int, ...]], split: str
+) -> Iterator[tuple[tuple[int, ...], int]]:
     for numbers in tuples:
         if split_of(numbers) == split:
             for target in sorted(_walk_ends(numbers)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,7 @@ from astro_hpc.config.schema import JsonlSource, ProblemSource, ReasoningGymSour
 from astro_hpc.problems import signs
 from astro_hpc.problems.decontaminate import Overlap, decontaminate
 from astro_hpc.problems.problem import Problem
-from astro_hpc.problems.rows import UnusableRow, read_row
-from astro_hpc.run.files import read_jsonl
+from astro_hpc.problems.rows import UnusableRow, read_numbered, read_row
 from astro_hpc.run.seeds import derive_seed
 
 _TRAIN_SHARE = 0.7
@@ -108,16 +107,12 @@ def read_source(source: ProblemSource) -> tuple[list[Problem], SourceReport]:
     return _read_jsonl(source)
 
 
-def load_sources(
-    sources: Sequence[ProblemSource], exclude: Iterable[Problem] = (), ngram: int = 10
-) -> list[Problem]:
+def load_sources(sources: Sequence[ProblemSource], exclude: Iterable[Problem] = (), ngram: int = 10) -> list[Problem]:
     """The problems of all sources; `read_sources` gives the account too."""
     return read_sources(sources, exclude, ngram).problems
 
 
-def read_sources(
-    sources: Sequence[ProblemSource], exclude: Iterable[Problem] = (), ngram: int = 10
-) -> LoadedProblems:
+def read_sources(sources: Sequence[ProblemSource], exclude: Iterable[Problem] = (), ngram: int = 10) -> LoadedProblems:
     """The problems of all sources, without repeated texts and without those that resemble `exclude`'s.
 
     Args:
@@ -159,8 +154,8 @@ def _read_jsonl(source: JsonlSource) -> tuple[list[Problem], SourceReport]:
     unusable: list[tuple[str, str]] = []
     duplicates: list[str] = []
     rows = filtered = 0
-    for place, row in _numbered_rows(source):
-        rows += 1
+    for number, row in read_numbered(source.path):
+        rows, place = rows + 1, f"{source.path}:{number}"
         try:
             fields = read_row(row)
         except UnusableRow as error:
@@ -179,12 +174,6 @@ def _read_jsonl(source: JsonlSource) -> tuple[list[Problem], SourceReport]:
     chosen = _limited(list(problems.values()), source)
     over_limit = len(problems) - len(chosen)
     return chosen, SourceReport(name, rows, len(chosen), filtered, over_limit, tuple(duplicates), tuple(unusable))
-
-
-def _numbered_rows(source: JsonlSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(FILE:ROW, row); ROW counts the file's non-empty lines."""
-    for number, row in enumerate(read_jsonl(source.path), 1):
-        yield f"{source.path}:{number}", row
 
 
 def _wanted(metadata: Mapping[str, Any], source: JsonlSource) -> bool:

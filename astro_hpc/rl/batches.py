@@ -74,7 +74,7 @@ def _pack(
     packs = []
     for members in pack_lengths([example.num_inputs for example in examples], capacity, seed=None):
         chosen = [indices[member] for member in members]
-        extras = {
+        extras: dict[str, Sequence[Sequence[float]]] = {
             "advantages": [[float(advantages[i])] * len(rollouts[i].token_ids) for i in chosen],
             "weights": [[float(weights[i])] * len(rollouts[i].token_ids) for i in chosen],
             "rollout_logprobs": [rollouts[i].logprobs for i in chosen],

@@ -28,7 +28,6 @@ from astro_hpc.rl.rollouts import Rollout, Sampler
 from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
 from astro_hpc.run.metrics import MetricsLog
 from astro_hpc.run.stage import CheckpointedExit, StageContext
-from astro_hpc.training.checkpoint import Checkpointer
 from astro_hpc.training.packing import PackedBatch
 from astro_hpc.training.trainer import Trainer
 from astro_hpc.verifier.pool import VerifierPool
@@ -96,15 +95,15 @@ class _Loop:
             top_p=1.0,
             max_tokens=cfg.rl.max_response_tokens,
         )
-        self.checkpoints = Checkpointer(ctx.dir / "checkpoints", cfg.rl.checkpoint)
+        self.checkpoints = ctx.dir / "checkpoints"
         self.tokens = 0
 
     def run(self) -> None:
         """From the last checkpoint, or from the start, to the last step."""
-        state = self.checkpoints.load_latest(self.trainer)
         first = 0
-        if state is not None:
-            first, self.tokens = int(state["finished_steps"]), int(state["tokens"])
+        if (found := self.trainer.load_checkpoint(self.checkpoints)) is not None:
+            first, state = found
+            self.tokens = int(state["tokens"])
             self.engine.load_weights(self.trainer.named_hf_tensors(), version=first)
             self.ctx.say(f"resumed after step {first}")
         with (
@@ -117,11 +116,10 @@ class _Loop:
                 progress.update(reward=f"{row['reward']:+.3f}", pass_rate=f"{row['pass_rate']:.2f}")
                 last = step == self.settings.num_steps
                 if last or self.ctx.stop_requested or step % self.settings.checkpoint.every_steps == 0:
-                    state = {"finished_steps": step, "tokens": self.tokens}
-                    self.checkpoints.save(self.trainer, step, state)
+                    keep_last = self.settings.checkpoint.keep_last
+                    self.trainer.save_checkpoint(self.checkpoints, step, {"tokens": self.tokens}, keep_last)
                 if self.ctx.stop_requested and not last:
                     raise CheckpointedExit(f"{self.ctx.label}: saved after step {step} of {self.settings.num_steps}")
-        self.checkpoints.finish()
         self.ctx.count(tokens=self.tokens, steps=self.settings.num_steps, prompts=len(self.problems))
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ import yaml
 import astro_hpc
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
-from astro_hpc.run.files import Lock, fingerprint, write_json_atomic, write_text_atomic
+from astro_hpc.run.files import Lock, fingerprint, remove_half_written, write_json_atomic, write_text_atomic
 from astro_hpc.run.progress import Progress, format_seconds
 from astro_hpc.run.seeds import derive_seed
 
@@ -160,6 +160,7 @@ def _carry_out(
     context = StageContext(cfg, folder, stage.label, resumed=attempt > 1)
     if attempt > 1:
         context.say(f"going on where attempt {attempt - 1} stopped")
+        remove_half_written(folder)
     started, start_time = time.monotonic(), _now()
     previous = {number: signal.signal(number, context.request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

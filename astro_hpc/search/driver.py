@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.problems.problem import Problem
@@ -53,15 +52,11 @@ async def search_problems(
         for problem in queue:
             try:
                 tree = await search_tree(problem, tools)
-            except* asyncio.CancelledError:
-                raise
-            except* ConfigError as group:
-                raise _first(group) from None
-            except* Exception as group:
-                failures[problem.id] = _first(group)
+            except Exception as error:
+                failures[problem.id] = _first(error)
                 failed_in_a_row += 1
-                if failed_in_a_row >= _MAX_FAILURES_IN_A_ROW:
-                    raise _first(group) from None
+                if failed_in_a_row >= _MAX_FAILURES_IN_A_ROW or isinstance(_first(error), ConfigError):
+                    raise
             else:
                 failed_in_a_row = 0
                 async with writing:
@@ -72,25 +67,26 @@ async def search_problems(
             await asyncio.sleep(_STOP_POLL_SECONDS)
         raise Stopped
 
-    workers = [asyncio.create_task(work()) for _ in range(trees_in_flight)]
     watcher = asyncio.create_task(watch())
-    everything = asyncio.gather(*workers)
     try:
-        await asyncio.wait([everything, watcher], return_when=asyncio.FIRST_COMPLETED)
-        if not everything.done():
-            watcher.result()
-        await everything
+        async with asyncio.TaskGroup() as group:
+            workers = [group.create_task(work()) for _ in range(trees_in_flight)]
+            await asyncio.wait([watcher, group.create_task(_all_done(workers))], return_when=asyncio.FIRST_COMPLETED)
+            if watcher.done():
+                watcher.result()
+    except ExceptionGroup as errors:
+        raise _first(errors) from None
     finally:
-        for task in (*workers, watcher):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*workers, watcher, return_exceptions=True)
+        watcher.cancel()
     return failures
 
 
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
+async def _all_done(tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks)
+
+
+def _first(error: Exception) -> Exception:
+    """What went wrong first, out of the groups that task groups wrap around it."""
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, Exception)
     return error

@@ -7,7 +7,6 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import SearchConfig
 from astro_hpc.inference.engine import Engine, Sample, SampleRequest
 from astro_hpc.problems.problem import Problem
@@ -68,8 +67,7 @@ async def search_tree(problem: Problem, tools: SearchTools) -> Tree:
     the counts hold as `puct` states them. When an expansion samples a kept step again, the node becomes one of
     the expansion and only the rollouts it lacks are drawn.
 
-    Raises:
-        ConfigError: the prompt leaves no room for a step in `inference.max_model_len`.
+    A prompt that fills the model's context gives a tree of the root alone, with `prompt_too_long` in its stats.
     """
     return await _TreeSearch(problem, tools).run()
 
@@ -109,10 +107,8 @@ class _TreeSearch:
 
     async def run(self) -> Tree:
         if len(self.prompt_ids) >= self.tools.engine.max_model_len:
-            raise ConfigError(
-                f"problem {self.problem.id}: its prompt has {len(self.prompt_ids)} tokens and leaves no room in "
-                f"inference.max_model_len={self.tools.engine.max_model_len}; raise it or drop the problem"
-            )
+            self.tree.stats = {**self.stats, "prompt_too_long": 1}
+            return self.tree
         for _ in range(self.cfg.num_iterations):
             leaf = select_leaf(self.tree, self.cfg.c_puct)
             if not leaf.terminal and leaf.depth < self.cfg.max_depth:

@@ -40,15 +40,16 @@ class ExampleSet:
 def load_examples(path: Path, tokenizer: Any, seq_length: int) -> ExampleSet:
     """Tokenise the rows {"prompt": text, "completion": text, ...}; other fields are ignored.
 
-    Prompt and completion are tokenised apart, so that the border is where sampling will have it, and the end-of-sequence
-    token is added. Examples of more than `seq_length` tokens are dropped and counted.
+    Prompt and completion are tokenised apart, so that the border is where sampling will have it, and the
+    end-of-sequence token is added. Examples of more than `seq_length` tokens are dropped and counted.
 
     Raises:
         ConfigError: a row lacks a text, or no example is left.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{path}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    prompts, completions = [], []
+    prompts: list[str] = []
+    completions: list[str] = []
     for number, row in enumerate(read_jsonl(path), 1):
         for field, texts in (("prompt", prompts), ("completion", completions)):
             text = row.get(field)

@@ -94,7 +94,7 @@ def pack_lengths(lengths: Sequence[int], capacity: int, seed: int | None) -> lis
 
 
 def epoch_packs(lengths: Sequence[int], capacity: int, seed: int, epoch: int) -> list[list[int]]:
-    """The packs of one epoch in training order: every example once, packs shuffled so that full ones don't come first."""
+    """The packs of one epoch in training order: every example once, full packs not before others."""
     packs = pack_lengths(lengths, capacity, derive_seed(seed, "pack", epoch))
     random.Random(derive_seed(seed, "order", epoch)).shuffle(packs)
     return packs
@@ -128,7 +128,7 @@ def pack_examples(
         for name, rows in (extras or {}).items():
             row = list(rows[index])[len(example.completion) - (inputs - first) :]
             if len(row) != inputs - first:
-                raise ValueError(f"extras[{name!r}][{index}]: {len(rows[index])} values, {len(example.completion)} tokens")
+                raise ValueError(f"extras[{name!r}][{index}]: {len(rows[index])} values for {inputs - first} tokens")
             laid_out[name] += [0.0] * first + row
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),

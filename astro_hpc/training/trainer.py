@@ -15,6 +15,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from astro_hpc.conversion.hf import load_hf, named_hf_tensors, save_hf
@@ -22,6 +23,7 @@ from astro_hpc.model.build import build_model
 from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import check_parallel, initialise_parallel, launched_world_size
+from astro_hpc.training import checkpoint
 from astro_hpc.training.logprobs import target_logprobs
 from astro_hpc.training.packing import PackedBatch
 
@@ -70,6 +72,7 @@ class Trainer:
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
         self._config.finalize_model_grads_func = _sum_gradients
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
+        self._saver = checkpoint.Saver()
         self._rows = _RowSelector(models[-1], enabled=not parallel.sequence_parallel)
 
     @property
@@ -120,6 +123,74 @@ class Trainer:
         """Write the current weights as a Hugging Face folder; see `conversion.hf.save_hf`."""
         return save_hf(self.chunks, self.hf_dir, out_dir, dtype)
 
+    def save_checkpoint(
+        self,
+        folder: Path,
+        step: int,
+        loader_state: dict[str, Any],
+        keep_last: int = 2,
+        asynchronous: bool = False,
+    ) -> None:
+        """Save model, optimizer, schedule, random state, `step` and `loader_state` (JSON values) under `folder`.
+
+        Asynchronous: returns when a snapshot is taken; `finish_checkpoint` publishes it. Otherwise returns when
+        everything is on disk and `latest` names it.
+        """
+        state = {"loader": loader_state, "scheduler": self.scheduler.state_dict()}
+        with megatron_device():
+            self._saver.start(folder, step, self._sharded_state(is_loading=False), state, keep_last)
+            self._saver.finish(block=not asynchronous)
+
+    def finish_checkpoint(self, block: bool = True) -> bool:
+        """Publish the checkpoint being written, if it is ready; returns whether none is pending. Cheap: call each step.
+
+        With several ranks, all call it at the same step.
+        """
+        with megatron_device():
+            return self._saver.finish(block)
+
+    def load_checkpoint(self, folder: Path) -> tuple[int, dict[str, Any]] | None:
+        """Go on from the newest whole checkpoint in `folder`: (step, loader_state); None when there is none.
+
+        Tensor-, pipeline- and data-parallel sizes may differ from the run that saved it.
+        """
+        path = checkpoint.find(folder)
+        if path is None:
+            return None
+        state = checkpoint.read_state(path)
+        with megatron_device():
+            _prime_adamw(self.optimizer)
+            loaded = checkpoint.load(path, self._sharded_state(is_loading=True))
+            for key, chunk in zip(self._model_keys(), self.chunks, strict=True):
+                chunk.module.load_state_dict(loaded[key])
+            self.optimizer.load_state_dict(loaded["optimizer"])
+            _unshare_steps(self.optimizer)
+            _use_fused_adamw(self.optimizer)
+            get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+            torch.set_rng_state(loaded["rng"]["torch"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        return state["step"], state["loader"]
+
+    def _model_keys(self) -> list[str]:
+        return ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """Megatron's sharded state dict; torch_dist reshards it on loading."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        state: dict[str, Any] = {
+            key: chunk.module.sharded_state_dict(metadata=metadata)
+            for key, chunk in zip(self._model_keys(), self.chunks, strict=True)
+        }
+        models = state["model"] if len(self.chunks) == 1 else dict(state)
+        state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+        if not is_loading:
+            state["rng"] = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+        return state
+
     def _run(
         self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction, *, forward_only: bool
     ) -> list[dict[str, float]]:
@@ -128,9 +199,7 @@ class Trainer:
         def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = _to_device(next(batches))
             self._rows.select(batch.loss_mask)
-            output = chunk(
-                batch.tokens[None], batch.position_ids[None], None, packed_seq_params=_packed_params(batch)
-            )
+            output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=_packed_params(batch))
 
             def loss_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
                 logprobs = self._rows.scatter(logits[0], batch, self.shape.vocab_size)
@@ -228,13 +297,38 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> Opt
     )
 
 
-def _use_fused_adamw(optimizer: Any) -> None:
-    """Let torch's AdamW, Megatron's fallback without Transformer Engine or Apex, update each tensor in one pass."""
+def _torch_adamws(optimizer: Any) -> Iterator[torch.optim.AdamW]:
+    """The torch AdamWs inside Megatron's optimizer: its fallback without Transformer Engine or Apex."""
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        base = inner.optimizer
-        if isinstance(base, torch.optim.AdamW):
-            for group in [*base.param_groups, base.defaults]:
-                group["fused"], group["foreach"] = True, False
+        if isinstance(inner.optimizer, torch.optim.AdamW):
+            yield inner.optimizer
+
+
+def _use_fused_adamw(optimizer: Any) -> None:
+    """Update each tensor in one pass instead of one a term."""
+    for adamw in _torch_adamws(optimizer):
+        for group in [*adamw.param_groups, adamw.defaults]:
+            group["fused"], group["foreach"] = True, False
+
+
+def _prime_adamw(optimizer: Any) -> None:
+    """Give torch's AdamW its state before loading: Megatron asks for moments but would leave out the step."""
+    for adamw in _torch_adamws(optimizer):
+        for group in adamw.param_groups:
+            for parameter in group["params"]:
+                if not adamw.state[parameter]:
+                    adamw.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
+def _unshare_steps(optimizer: Any) -> None:
+    """Give each parameter its own step: a tensor shared by all would be counted up once a parameter."""
+    for adamw in _torch_adamws(optimizer):
+        for state in adamw.state.values():
+            state["step"] = state["step"].clone()
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -1,0 +1,1 @@
+"""Answer extraction and comparison, and the pool of guarded processes that does it."""

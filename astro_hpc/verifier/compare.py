@@ -1,23 +1,178 @@
-"""Exact comparison of simple answers, without any library: the fast path."""
+"""The fast path: comparing numbers, words and what is made of them, exactly and without any library."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
-_NUMBER = re.compile(r"([+-]?)(\d+(?:,\d{3})*)?(?:\.(\d+))?")
+from astro_hpc.verifier.equality import compare
+from astro_hpc.verifier.limits import refuse_costly
+from astro_hpc.verifier.normalize import AnswerPolicy, normalize, split_unit
+from astro_hpc.verifier.structure import Value, parse
+
+_MAX_DIGITS = 400
+_MAX_EXPONENT = 400
+_DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
+_INTEGER = re.compile(r"-?\d{1,300}", re.ASCII)
+_PLAIN = re.compile(rf"([+-]?)({_DECIMAL})")
+_GROUPED = re.compile(r"([+-]?)(\d{1,3}(?:[, ]\d{3})+(?:\.\d*)?)")
+_FRACTION = re.compile(
+    rf"([+-]?)(?:\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}|({_DECIMAL})\s*(?:/|\\div)\s*({_DECIMAL}))"
+)
+_MIXED = re.compile(r"([+-]?)(\d+)(?:\s*\\frac\{(\d+)\}\{(0*[1-9]\d*)\}|\s+(\d+)\s*/\s*(0*[1-9]\d*))")
+_SCIENTIFIC = re.compile(
+    rf"([+-]?{_DECIMAL})\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?\s*([+-]?\d+)\s*\}}?|[eE]([+-]?\d+))"
+)
+_LETTER = re.compile(r"[A-Za-z]")
+_TEXT = re.compile(r"[A-Za-z][A-Za-z .,'()-]*")
+_LONG_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{4,}")
+_BASED = re.compile(r"([0-9A-Z]+)_(\d+)")
+_TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
+_RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 
 
-def compare_exactly(gold: str, answer: str) -> bool | None:
-    """Whether two answers are equal; None when this can't tell."""
-    if gold == answer:
+def compare_exactly(gold: str, answer: str, policy: AnswerPolicy = AnswerPolicy()) -> bool | None:  # noqa: B008
+    """Whether two answers are equal; None when exact means can't tell. Cheap, whatever the texts are.
+
+    Args:
+        gold: the right answer, raw.
+        answer: the answer in question, raw.
+        policy: how percent signs and units are read.
+
+    Raises:
+        TooCostlyError: nobody should try to tell.
+    """
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
+        return int(gold) == int(answer)
+    left, right = normalize_cached(gold), normalize(answer)
+    return compare_normalized(left, right, policy, lambda a, b: None)
+
+
+def compare_normalized(
+    gold: str, answer: str, policy: AnswerPolicy, hard: Callable[[str, str], bool | None]
+) -> bool | None:
+    """As `compare_exactly` for normalised texts; single values that it can't tell are put to `hard`.
+
+    Raises:
+        TooCostlyError: too large, too deep or too many parts.
+    """
+    if squeeze(gold) == squeeze(answer):
+        return bool(gold)
+    if not answer:
+        return False
+    refuse_costly(answer)
+
+    def scalars(a: str, b: str) -> bool | None:
+        equal = compare_scalars(a, b, policy)
+        return hard(a, b) if equal is None else equal
+
+    return compare(_parse_cached(gold), parse(answer), scalars)
+
+
+def compare_scalars(gold: str, answer: str, policy: AnswerPolicy) -> bool | None:
+    """Whether two single values are equal; None when exact means can't tell."""
+    if squeeze(gold) == squeeze(answer):
         return True
-    a, b = _number(gold), _number(answer)
-    return None if a is None or b is None else a == b
+    gold, gold_unit = split_unit(gold)
+    answer, answer_unit = split_unit(answer)
+    if gold_unit != answer_unit and (policy.units == "strict" or (gold_unit and answer_unit)):
+        return False
+    a, b = percent_number(gold), percent_number(answer)
+    if a is not None and b is not None:
+        return _equal_numbers(a, b, policy)
+    if squeeze(gold) == squeeze(answer):
+        return True
+    return _compare_words(gold, answer)
 
 
-def _number(text: str) -> Fraction | None:
-    text = text.strip().strip("$").strip()
-    if len(text) > 100 or not text or not _NUMBER.fullmatch(text) or not any(map(str.isdigit, text)):
+def _equal_numbers(a: tuple[Fraction, bool], b: tuple[Fraction, bool], policy: AnswerPolicy) -> bool:
+    (x, x_percent), (y, y_percent) = a, b
+    if x_percent == y_percent:
+        return x == y
+    if policy.percent == "loose" and x == y:
+        return True
+    return (x / 100 if x_percent else x) == (y / 100 if y_percent else y)
+
+
+def percent_number(text: str) -> tuple[Fraction, bool] | None:
+    """(number as written, whether a percent sign follows); None for anything but a plain number."""
+    percent = text.endswith("%")
+    value = number(text[:-1].rstrip("\\ ") if percent else text)
+    return None if value is None else (value, percent)
+
+
+def number(text: str) -> Fraction | None:
+    """An integer, decimal, fraction, mixed number or scientific notation, exactly; None for anything else."""
+    text = text.strip()
+    if not text or len(text) > _MAX_DIGITS:
         return None
-    return Fraction(text.replace(",", ""))
+    if text[0] == "-" and text[1:2] == " ":
+        text = "-" + text[1:].lstrip()
+    if match := _PLAIN.fullmatch(text) or _GROUPED.fullmatch(text):
+        plain = Fraction(re.sub("[, ]", "", match[2]).removesuffix("."))
+        return -plain if match[1] == "-" else plain
+    if match := _FRACTION.fullmatch(text):
+        top, bottom = Fraction(match[2] or match[4]), Fraction(match[3] or match[5])
+        return None if bottom == 0 else (-top / bottom if match[1] == "-" else top / bottom)
+    if match := _MIXED.fullmatch(text):
+        proper = Fraction(int(match[3] or match[5]), int(match[4] or match[6]))
+        mixed = int(match[2]) + proper
+        return None if proper >= 1 else -mixed if match[1] == "-" else mixed
+    if match := _SCIENTIFIC.fullmatch(text):
+        exponent = match[2] or match[3]
+        if len(exponent) > 5 or abs(int(exponent)) > _MAX_EXPONENT:
+            return None
+        return Fraction(match[1]) * Fraction(10) ** int(exponent)
+    return None
+
+
+def _compare_words(gold: str, answer: str) -> bool | None:
+    """Words, choices, numbers in a base, times and ratios; None for anything that may be mathematics."""
+    gold_based, answer_based = _BASED.fullmatch(gold.replace(" ", "")), _BASED.fullmatch(answer.replace(" ", ""))
+    if gold_based and gold_based[1][0].isdigit() and (answer_based or number(answer) is not None):
+        return bool(answer_based) and gold_based.groups() == answer_based.groups()  # type: ignore[union-attr]
+    for pattern in (_TIME, _RATIO):
+        if pattern.fullmatch(gold) and pattern.fullmatch(answer):
+            return _colon_parts(gold) == _colon_parts(answer)
+    gold_text, answer_text = _is_text(gold), _is_text(answer)
+    if gold_text and answer_text:
+        if len(gold_text) > 1 and gold_text.casefold() == answer_text.casefold():
+            return True
+        words = _LONG_WORD.search(gold) or _LONG_WORD.search(answer)
+        return False if words or sorted(gold_text) != sorted(answer_text) else None  # else a product of variables
+    if (gold_text and _LONG_WORD.search(gold) and number(answer) is not None) or (
+        answer_text and _LONG_WORD.search(answer) and number(gold) is not None
+    ):
+        return False
+    return None
+
+
+def _is_text(text: str) -> str:
+    """The letters of a text that is words only; empty for anything else."""
+    return "".join(_LETTER.findall(text)) if _TEXT.fullmatch(text) else ""
+
+
+def _colon_parts(text: str) -> list[int]:
+    parts = [int(part) for part in text.split(":")]
+    return parts[:2] if len(parts) == 3 and parts[2] == 0 and _TIME.fullmatch(text) else parts
+
+
+def squeeze(text: str) -> str:
+    """Without white space, where none separates two words, numbers or a command from a letter."""
+    return _SPACE.sub("", text)
+
+
+_SPACE = re.compile(r"(?<![A-Za-z\d])\s+|\s+(?![A-Za-z\d])")
+
+
+@lru_cache(maxsize=8192)
+def normalize_cached(text: str) -> str:
+    """`normalize`, remembered: a gold answer is read once."""
+    return normalize(text)
+
+
+@lru_cache(maxsize=8192)
+def _parse_cached(text: str) -> Value:
+    return parse(text)

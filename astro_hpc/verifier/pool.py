@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
@@ -27,13 +28,18 @@ from astro_hpc.config.schema import VerifierConfig
 from astro_hpc.problems import signs
 from astro_hpc.problems.problem import Problem
 from astro_hpc.verifier.compare import compare_exactly
-from astro_hpc.verifier.extract import BOXES, extract_answer
+from astro_hpc.verifier.extract import extract_answer
+from astro_hpc.verifier.limits import TooCostlyError
+from astro_hpc.verifier.normalize import AnswerPolicy, normalize
 
 Outcome = Literal["right", "wrong", "unknown"]
 
+VERSION = "1"
+"""Of the rules of comparison: part of what a verdict is remembered under."""
+
 _HEADER = struct.Struct("!I")
 _START_SECONDS = 120.0
-_RESERVE = 0.9
+_RESERVE = 0.8
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class VerifierPool:
 
     def submit(self, problem: Problem, response_text: str) -> Future[Verdict]:
         """As `verify`, without waiting. Simple answers are decided before this returns."""
-        return self.submit_answer(problem, extract_answer(response_text, BOXES))
+        return self.submit_answer(problem, extract_answer(response_text, self.cfg.answer_markers))
 
     def submit_answer(self, problem: Problem, answer: str | None) -> Future[Verdict]:
         """As `submit`, for an answer that was extracted already."""
@@ -85,15 +91,26 @@ class VerifierPool:
         if answer is None:
             verdict.set_result(Verdict("wrong", None, 0.0))
             return verdict
-        began = time.perf_counter()
-        outcome = self._at_once(problem, answer)
-        if outcome is not None:
-            verdict.set_result(Verdict(outcome, answer, time.perf_counter() - began))
+        if len(answer) > self.cfg.max_answer_chars:
+            verdict.set_result(Verdict("unknown", answer[: self.cfg.max_answer_chars], 0.0))
             return verdict
-        request = {"checker": problem.checker, "gold": problem.answer, "answer": answer}
+        began = time.perf_counter()
+        policy = self._policy(problem)
+        shown = normalize(answer) if problem.checker == "math" else " ".join(answer.split())
+        outcome = _at_once(problem, answer, policy)
+        if outcome is not None:
+            verdict.set_result(Verdict(outcome, shown, time.perf_counter() - began))
+            return verdict
+        request = {
+            "checker": problem.checker,
+            "gold": problem.answer,
+            "answer": answer,
+            "version": VERSION,
+            **vars(policy),
+        }
         if problem.checker == "reasoning_gym":
             request |= {"text": problem.text, "metadata": dict(problem.metadata)}
-        self._compare(request).add_done_callback(lambda done: _hand_on(done, verdict, answer))
+        self._compare(request).add_done_callback(lambda done: _hand_on(done, verdict, shown))
         return verdict
 
     async def averify(self, problem: Problem, response_text: str) -> Verdict:
@@ -132,19 +149,9 @@ class VerifierPool:
     ) -> None:
         self.close()
 
-    def _at_once(self, problem: Problem, answer: str) -> Outcome | None:
-        """The outcome where it costs next to nothing; None for the workers."""
-        if len(answer) > self.cfg.max_answer_chars:
-            return "unknown"
-        if problem.checker == "signs":
-            right = signs.check(problem.metadata["numbers"], problem.metadata["target"], answer)
-            return "right" if right else "wrong"
-        if problem.checker == "math":
-            equal = compare_exactly(problem.answer, answer)
-            return None if equal is None else ("right" if equal else "wrong")
-        if problem.checker == "reasoning_gym":
-            return None
-        raise ConfigError(f"problem {problem.id}: no checker {problem.checker!r}; use math, signs or reasoning_gym")
+    def _policy(self, problem: Problem) -> AnswerPolicy:
+        own = problem.metadata.get("answer_policy", {})
+        return AnswerPolicy(own.get("percent", self.cfg.percent), own.get("units", self.cfg.units))
 
     def _compare(self, request: dict[str, Any]) -> Future[tuple[Outcome, float]]:
         """Outcome and seconds from the cache, from an equal request under way, or from a worker."""
@@ -162,7 +169,7 @@ class VerifierPool:
                 thread = threading.Thread(target=self._work, name="verifier", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        self._tasks.put(_Task(body, future))
+        self._tasks.put(_Task(body, request["checker"], future))
         return future
 
     def _work(self) -> None:
@@ -173,7 +180,7 @@ class VerifierPool:
                 if not task.future.set_running_or_notify_cancel():
                     continue
                 try:
-                    result = worker.ask(task.body)
+                    result = worker.ask(task.body, task.checker)
                 except BaseException as error:
                     with self._lock:
                         self._pending.pop(task.body, None)
@@ -190,9 +197,26 @@ class VerifierPool:
             worker.stop()
 
 
+def _at_once(problem: Problem, answer: str, policy: AnswerPolicy) -> Outcome | None:
+    """The outcome where it costs next to nothing; None for the workers."""
+    if problem.checker == "signs":
+        right = signs.check(problem.metadata["numbers"], problem.metadata["target"], answer)
+        return "right" if right else "wrong"
+    if problem.checker == "math":
+        try:
+            equal = compare_exactly(problem.answer, answer, policy)
+        except TooCostlyError:
+            return "unknown"
+        return None if equal is None else ("right" if equal else "wrong")
+    if problem.checker == "reasoning_gym":
+        return None
+    raise ConfigError(f"problem {problem.id}: no checker {problem.checker!r}; use math, signs or reasoning_gym")
+
+
 @dataclass(frozen=True)
 class _Task:
     body: str
+    checker: str
     future: Future[tuple[Outcome, float]]
 
 
@@ -216,76 +240,89 @@ class _Worker:
         self._memory = cfg.memory_mb << 20
         self._seconds = cfg.timeout_seconds * _RESERVE
         self._process: subprocess.Popen[bytes] | None = None
+        self._imports: set[str] = set()
         self._buffer = b""
+        self._ready = False
+        self._count = 0
 
-    def ask(self, body: str) -> tuple[Outcome, float]:
-        """Outcome and seconds of one request.
+    def ask(self, request: str, checker: str) -> tuple[Outcome, float]:
+        """Outcome and seconds of one request (JSON).
 
         Raises:
             ConfigError: the worker can't start, for instance within its memory.
         """
-        self._ensure_ready()
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
+        self._ensure_ready(checker)
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._count += 1
+        body = f'{{"id": {self._count}, {request[1:]}'.encode()
         began = time.monotonic()
-        data = body.encode()
         try:
-            process.stdin.write(_HEADER.pack(len(data)) + data)
-            process.stdin.flush()
+            self._process.stdin.write(_HEADER.pack(len(body)) + body)
+            self._process.stdin.flush()
         except BrokenPipeError:
             self.stop()
             return "unknown", time.monotonic() - began
-        reply = self._read_line(began + self._seconds)
-        if reply is None and process.poll() is None:
-            process.send_signal(signal.SIGUSR1)
-        elapsed = time.monotonic() - began
+        reply = self._read_reply(began + self._seconds)
         if reply is None:
             self._ready = False
-            return "unknown", elapsed
-        if "ready" in reply:  # the child died (memory, crash) and its successor has announced itself
-            return "unknown", elapsed
-        return reply["outcome"], elapsed
+            self._process.send_signal(signal.SIGUSR1)  # ends the child; its successor will say that it is ready
+        elif "outcome" in reply:
+            self._ready = not reply["last"]
+            return reply["outcome"], time.monotonic() - began
+        return "unknown", time.monotonic() - began
 
     def stop(self) -> None:
-        """End the process and its child."""
+        """End the process and, by the kernel's hand, its child."""
         if self._process is not None:
-            self._process.kill()  # its child dies with it
+            self._process.kill()
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with contextlib.suppress(OSError):
+                        pipe.close()
         self._process = None
 
-    _ready = False
-
-    def _ensure_ready(self) -> None:
+    def _ensure_ready(self, checker: str) -> None:
+        if checker == "reasoning_gym" and checker not in self._imports:
+            self._imports.add(checker)
+            self.stop()
         if self._process is None or self._process.poll() is not None:
             self.stop()
             self._start()
         deadline = time.monotonic() + _START_SECONDS
         while not self._ready:
-            reply = self._read_line(deadline)
-            if reply is None or "fatal" in reply:
+            line = self._read_line(deadline)
+            if line is None or "fatal" in line:
                 self.stop()
-                why = reply["fatal"] if reply else f"no sign of life in {_START_SECONDS:.0f} s"
-                raise ConfigError(f"the verifier's worker can't start: {why}; check verifier.memory_mb and the packages")
-            self._ready = "ready" in reply
+                why = line["fatal"] if line else f"no sign of life in {_START_SECONDS:.0f} s"
+                raise ConfigError(
+                    f"the verifier's worker can't start: {why}; check verifier.memory_mb and the packages"
+                )
+            self._ready = "ready" in line
 
     def _start(self) -> None:
         root = str(Path(astro_hpc.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._buffer, self._ready = b"", False
+        arguments = [str(os.getpid()), str(self._memory), str(self._seconds), *sorted(self._imports)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "astro_hpc.verifier.worker", str(os.getpid()), str(self._memory), str(self._seconds)],
+            [sys.executable, "-m", "astro_hpc.verifier.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
 
+    def _read_reply(self, deadline: float) -> dict[str, Any] | None:
+        """The reply to the last request, or the news that a new child is ready instead; None for neither."""
+        while (line := self._read_line(deadline)) is not None:
+            if "ready" in line or line.get("id") == self._count:
+                return line
+        return None
+
     def _read_line(self, deadline: float) -> dict[str, Any] | None:
-        """The next reply; None at the deadline or when the process has ended."""
+        """The next line; None at the deadline or when the process has ended."""
         assert self._process is not None
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()

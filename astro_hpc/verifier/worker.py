@@ -8,6 +8,7 @@ them; nothing is unpickled.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -19,10 +20,14 @@ from typing import Any
 from astro_hpc.run.process import die_with_parent
 
 _HEADER = struct.Struct("!I")
+_LEAST_FREE_BYTES = 128 << 20
 
 
 def main() -> None:
-    """Serve until standard input closes. Arguments: the parent's process id, memory in bytes, seconds an answer."""
+    """Serve until standard input closes.
+
+    Arguments: the parent's process id, memory in bytes, seconds an answer, and what to import beforehand besides.
+    """
     parent, memory, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     die_with_parent(parent)
     requests, replies = os.dup(0), os.dup(1)
@@ -31,6 +36,12 @@ def main() -> None:
         os.dup2(silence, descriptor)
     try:
         from astro_hpc.verifier import judge
+
+        if "reasoning_gym" in sys.argv[4:]:
+            judge.preload_reasoning_gym()
+        _check_memory(memory)
+        judge.warm_up()
+        gc.freeze()  # what is there now is shared with the children and never collected
     except Exception as error:  # the pool reports it: standard error is closed
         _send(replies, {"fatal": f"{type(error).__name__}: {error}"})
         return
@@ -58,6 +69,19 @@ def main() -> None:
             return
 
 
+def _check_memory(memory: int) -> None:
+    """Refuse a limit that the libraries alone take up: every answer would fail."""
+    if not sys.platform.startswith("linux"):
+        return
+    with open("/proc/self/statm") as handle:
+        taken = int(handle.read().split()[0]) * resource.getpagesize()
+    if memory < taken + _LEAST_FREE_BYTES:
+        raise MemoryError(
+            f"verifier.memory_mb of {memory >> 20} is too little: the libraries take {taken >> 20} MB, "
+            f"and {_LEAST_FREE_BYTES >> 20} MB should be left"
+        )
+
+
 def _serve(judge: Any, requests: int, replies: int, seconds: float) -> int:
     """Answer requests; returns the exit code: 0 when the pool closed the pipe, 1 to be replaced."""
     _send(replies, {"ready": True})
@@ -68,17 +92,19 @@ def _serve(judge: Any, requests: int, replies: int, seconds: float) -> int:
         body = _receive(requests, _HEADER.unpack(header)[0])
         if body is None:
             return 0
+        request = json.loads(body)
         # A second guard, should the pool be gone or stopped: the default action of SIGALRM ends this process.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        last = False
         try:
-            outcome, fresh = judge.judge(json.loads(body)), True
+            outcome = judge.judge(request)
         except (MemoryError, RecursionError):
-            outcome, fresh = "unknown", False
+            outcome, last = "unknown", True
         except Exception:
-            outcome, fresh = "unknown", True
+            outcome = "unknown"
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(replies, {"outcome": outcome})
-        if not fresh:
+        _send(replies, {"id": request["id"], "outcome": outcome, "last": last})
+        if last:
             return 1
 
 

@@ -1,0 +1,321 @@
+"""Checkpoints of a training run: `step_00000100/` folders in Megatron's torch_dist format, and which to resume from.
+
+A folder appears under its name only when every byte is on disk, and `latest` is moved after that, so a run killed while
+saving resumes from the one before. `complete.json`, written last, lists the files' sizes: a folder that lost or cut
+some (a copy that broke off) is skipped too.
+
+Saving stops training only while the plan is made and a child process is forked: the child sees the tensors as they were
+at the fork (copy on write) and writes them while training goes on.
+
+torch_dist stores tensors raw, but its `.metadata` and `common.pt` are pickles. `common.pt` and objects inside the
+tensor files are read by torch's weights-only loader, and `.metadata` by an unpickler that knows only the classes which
+torch's checkpoint format consists of, so that a crafted file is refused and not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import queue
+import shutil
+import tempfile
+import types
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.api import CheckpointException
+
+from astro_hpc.config.base import ConfigError
+from astro_hpc.run.files import fsync_dir, write_json_atomic, write_text_atomic
+from astro_hpc.run.process import die_with_parent
+
+_MARKER = "complete.json"
+_STATE = "state.json"
+_LATEST = "latest"
+
+
+class Saver:
+    """Saves checkpoints one at a time; every rank has one and calls the same methods in the same order."""
+
+    def __init__(self) -> None:
+        self._writer: _Writer | None = None
+        self._after: tuple[Path, Path, int] = (Path(), Path(), 0)
+
+    def start(
+        self, folder: Path, step: int, sharded_state: dict[str, Any], state: dict[str, Any], keep_last: int
+    ) -> None:
+        """Begin to save `folder/step_N`; the tensors may change as soon as this returns.
+
+        Args:
+            folder: the run's `checkpoints` folder.
+            sharded_state: Megatron's sharded state dict: tensors, and small tensors or numbers in its common part.
+            state: JSON values: loader position, scheduler.
+            keep_last: how many checkpoints to keep once this one is whole.
+        """
+        self.finish(block=True)
+        final = folder / _name(step)
+        temporary = _shared_temporary(folder, final.name)
+        # Megatron would start a server process for the writers' results, which a killed trainer leaves behind.
+        with mock.patch.object(filesystem_async, "_get_write_results_queue", queue.SimpleQueue):
+            request = dist_checkpointing.save(
+                sharded_state,
+                str(temporary),
+                sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                async_sharded_save=True,
+            )
+        if _rank() == 0:
+            write_json_atomic(temporary / _STATE, {"step": step, **state})
+        self._writer = _Writer(request)
+        self._after = (temporary, final, keep_last)
+
+    def finish(self, block: bool) -> bool:
+        """Publish the checkpoint that is being written, if it has been written; returns whether none is pending.
+
+        Args:
+            block: wait for it.
+
+        Raises:
+            RuntimeError: it could not be written, for instance because the disk is full.
+        """
+        if self._writer is None:
+            return True
+        if not block and not _on_all_ranks(self._writer.done()):
+            return False
+        writer, self._writer = self._writer, None
+        writer.finalise()
+        temporary, final, keep_last = self._after
+        if _rank() == 0:
+            _publish(temporary, final)
+            write_text_atomic(final.parent / _LATEST, final.name + "\n")
+            _prune(final.parent, keep_last)
+        _barrier()
+        return True
+
+
+class _Writer:
+    """A child process that writes this rank's tensors."""
+
+    def __init__(self, request: AsyncRequest) -> None:
+        self._request = request
+        transforms = request.async_fn.args[0]  # a partial of Megatron's writer, whose other arguments follow
+        _, buckets, self._results = request.async_fn_args
+        buckets = request.preload_fn() if request.preload_fn else buckets
+        context = multiprocessing.get_context("fork")
+        self._receive, send = context.Pipe(duplex=False)
+        self._child = context.Process(
+            target=_write_buckets, args=(os.getpid(), transforms, buckets, send), daemon=True, name="checkpoint"
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the child only writes files
+            self._child.start()
+        send.close()
+
+    def done(self) -> bool:
+        """Whether the child has ended or has its results ready."""
+        return self._receive.poll()
+
+    def finalise(self) -> None:
+        """Wait for the child, then let Megatron write the metadata; on every rank."""
+        try:
+            results = self._receive.recv()
+        except EOFError:
+            results = RuntimeError("the process that writes the checkpoint was killed")
+        self._receive.close()
+        self._child.join()
+        self._child.close()
+        if self._results is not None:
+            self._results.put(results)
+        try:
+            for function in self._request.finalize_fns:
+                function()
+        except CheckpointException as error:
+            reason = f"{results}" if isinstance(results, Exception) else "see the other ranks' logs"
+            raise RuntimeError(f"the checkpoint could not be written (is the disk full?): {reason}") from error
+
+
+def _write_buckets(parent: int, transforms: list[Any], buckets: list[Any], send: Connection) -> None:
+    """In the child: write each bucket's file, fsync it, and report where each tensor lies."""
+    die_with_parent(parent)
+    results: dict[int, Any] = {}
+    for index, bucket in enumerate(buckets):
+        reported: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        counted: Any = types.SimpleNamespace(get=lambda: None, task_done=lambda: None)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, index, bucket, reported, counted, use_fsync=True
+        )
+        _, written = reported.get()
+        if isinstance(written, Exception):
+            send.send(RuntimeError(f"{bucket[0]}: {written}"))
+            return
+        results[index] = written
+    send.send(results)
+
+
+def _shared_temporary(folder: Path, name: str) -> Path:
+    """A new empty folder `.NAME.xyz.tmp`, the same on every rank; what killed runs left is removed."""
+    chosen = [""]
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".step_*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        chosen[0] = tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+        os.chmod(chosen[0], 0o755)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(chosen)
+    return Path(chosen[0])
+
+
+def _on_all_ranks(flag: bool) -> bool:
+    if torch.distributed.get_world_size() == 1:
+        return flag
+    flags = [False] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(flags, flag)
+    return all(flags)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Make every file durable, add the marker, and give the folder its name."""
+    sizes = {}
+    for path in sorted(temporary.iterdir()):
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+        sizes[path.name] = path.stat().st_size
+    write_json_atomic(temporary / _MARKER, {"bytes": sizes})
+    fsync_dir(temporary)
+    if final.exists():  # a torn one of the same step
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    fsync_dir(final.parent)
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    for path in _checkpoints(folder)[keep_last:]:
+        shutil.rmtree(path)
+
+
+def find(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; torn ones are skipped with a warning. None: there is none."""
+    for path in _checkpoints(folder):
+        reason = damage(path)
+        if reason is None:
+            return path
+        warnings.warn(f"{path}: {reason}; the checkpoint before it is used", stacklevel=2)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None when it is whole."""
+    try:
+        sizes = json.loads((path / _MARKER).read_text(encoding="utf-8"))["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{_MARKER} is missing or damaged"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes and had {size}"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON values that `save` was given, and `step`."""
+    state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load(path: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
+    """Fill a sharded state dict from a checkpoint; the tensor-, pipeline- and data-parallel sizes may have changed.
+
+    Raises:
+        ConfigError: the checkpoint holds objects that are not tensors or plain values.
+    """
+    with _no_foreign_pickles(path):
+        _MetadataUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
+        loaded: dict[str, Any] = dist_checkpointing.load(sharded_state, str(path))
+    return loaded
+
+
+_METADATA_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},  # looks up a torch.layout by name
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    },
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles what torch's checkpoint metadata consists of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+@contextlib.contextmanager
+def _no_foreign_pickles(path: Path) -> Iterator[None]:
+    """Within the block torch's checkpoint reader takes only plain values and tensors."""
+    safe = types.SimpleNamespace(
+        load=lambda handle: _MetadataUnpickler(io.BytesIO(handle.read())).load(),
+        dump=pickle.dump,
+        loads=None,
+        dumps=pickle.dumps,
+    )
+    original = torch.load
+
+    @functools.wraps(original)
+    def weights_only(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "weights_only": True})
+
+    try:
+        with mock.patch.object(filesystem, "pickle", safe), mock.patch.object(torch, "load", weights_only):
+            yield
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path}: not a checkpoint of ours ({reason}); remove it") from None
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def _barrier() -> None:
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()

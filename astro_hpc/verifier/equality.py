@@ -1,0 +1,186 @@
+"""Equality of answers with parts, given a comparison of single values.
+
+Three-valued throughout: True, False, or None for "can't tell".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from astro_hpc.verifier.structure import Bag, Equation, Group, Inequality, Matrix, Scalar, Union, Value, is_name
+
+ScalarComparison = Callable[[str, str], bool | None]
+
+_OPAQUE = re.compile(r"\\(?:begin|cap|setminus|mathbb)(?![a-z])")
+
+
+def compare(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
+    """Whether two answers are equal, part by part; None when some part can't be told.
+
+    Of lists the order is free; points, vectors and intervals keep theirs. A named value equals the bare one
+    (`x = 5` and 5, `(p, q) = (1, 2)` and (1, 2)), but not the same value under another name.
+    """
+    if isinstance(gold, Equation) or isinstance(answer, Equation):
+        return _compare_equations(gold, answer, scalars)
+    if isinstance(gold, Bag) and gold.braces and len(gold.parts) == 1 and isinstance(answer, Scalar | Group):
+        return compare(gold.parts[0], answer, scalars)
+    if isinstance(answer, Bag) and answer.braces and len(answer.parts) == 1 and isinstance(gold, Scalar | Group):
+        return compare(gold, answer.parts[0], scalars)
+    if isinstance(gold, Inequality) or isinstance(answer, Inequality):
+        return _compare_inequalities(gold, answer, scalars)
+    if isinstance(gold, Matrix) or isinstance(answer, Matrix):
+        return _compare_matrices(gold, answer, scalars)
+    match gold, answer:
+        case (Scalar(), Scalar()):
+            return scalars(gold.text, answer.text)
+        case (Bag(), Bag()):
+            return _compare_bags(gold, answer, scalars)
+        case (Union(), Union()):
+            return _unordered(gold.parts, answer.parts, scalars)
+        case (Group(), Group()):
+            same_brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
+            if len(gold.parts) == 2 and not same_brackets:
+                return False
+            return _ordered(gold.parts, answer.parts, scalars)
+        case (Group(), Bag()) if not answer.braces and (gold.opening, gold.closing) == ("(", ")"):
+            return _ordered(gold.parts, answer.parts, scalars)
+        case (Bag(), Group()) if not gold.braces and (answer.opening, answer.closing) == ("(", ")"):
+            return _ordered(gold.parts, answer.parts, scalars)
+        case (Scalar(), Bag()) | (Bag(), Scalar()):
+            return _compare_bag_and_single(gold, answer, scalars)
+        case (Scalar(), _) | (_, Scalar()):
+            opaque = gold.text if isinstance(gold, Scalar) else answer.text if isinstance(answer, Scalar) else ""
+            return None if _OPAQUE.search(opaque) else False
+    return False
+
+
+def _ordered(gold: tuple[Value, ...], answer: tuple[Value, ...], scalars: ScalarComparison) -> bool | None:
+    if len(gold) != len(answer):
+        return False
+    unsure = False
+    for a, b in zip(gold, answer, strict=True):
+        equal = compare(a, b, scalars)
+        if equal is False:
+            return False
+        unsure |= equal is None
+    return None if unsure else True
+
+
+def _unordered(gold: tuple[Value, ...], answer: tuple[Value, ...], scalars: ScalarComparison) -> bool | None:
+    """Each part of one equals a different part of the other."""
+    if len(gold) != len(answer):
+        return False
+    left = list(answer)
+    unsure = False
+    for part in gold:
+        for index, candidate in enumerate(left):
+            equal = compare(part, candidate, scalars)
+            if equal:
+                del left[index]
+                break
+            unsure |= equal is None
+        else:
+            return None if unsure else False
+    return True
+
+
+def _compare_bags(gold: Bag, answer: Bag, scalars: ScalarComparison) -> bool | None:
+    named = [isinstance(part, Equation) and part.name is not None for part in gold.parts]
+    bare = not any(isinstance(part, Equation) for part in answer.parts)
+    if all(named) and bare and len({part.name for part in gold.parts if isinstance(part, Equation)}) > 1:
+        return _ordered(gold.parts, answer.parts, scalars)
+    gold_parts, answer_parts = gold.parts, answer.parts
+    points = all(isinstance(part, Group) for part in gold_parts + answer_parts)
+    if gold.braces or answer.braces or points:  # a set names each element once; so does a list of points
+        gold_parts, answer_parts = tuple(dict.fromkeys(gold_parts)), tuple(dict.fromkeys(answer_parts))
+    return _unordered(gold_parts, answer_parts, scalars)
+
+
+def _compare_equations(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
+    if isinstance(gold, Equation) and isinstance(answer, Equation):
+        if gold.name is not None and answer.name is not None:
+            if _bare_name(gold.name) == _bare_name(answer.name):
+                return compare(gold.right, answer.right, scalars)
+            swapped = isinstance(gold.right, Scalar) and isinstance(answer.right, Scalar)
+            return scalars(gold.text, answer.text) if swapped else False
+        if isinstance(gold.right, Scalar) and isinstance(answer.right, Scalar):
+            sides = [scalars(gold.left, answer.left), scalars(gold.right.text, answer.right.text)]
+            return True if all(sides) else scalars(gold.text, answer.text)
+        return False
+    if isinstance(gold, Equation):
+        return compare(gold.right, answer, scalars) if gold.name is not None else False
+    assert isinstance(answer, Equation)
+    return compare(gold, answer.right, scalars)  # the answer may show its working: 2 + 3 = 5
+
+
+def _bare_name(name: str) -> str:
+    return re.sub(r"(?<=[A-Za-z])\([^,()]*\)$", "", name)
+
+
+def _compare_matrices(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
+    if isinstance(gold, Matrix) and isinstance(answer, Matrix):
+        if gold.kind != answer.kind or len(gold.rows) != len(answer.rows):
+            return False
+        results = [_ordered(a, b, scalars) for a, b in zip(gold.rows, answer.rows, strict=True)]
+        return False if False in results else None if None in results else True
+    vector, other = (gold, answer) if isinstance(gold, Matrix) else (answer, gold)
+    assert isinstance(vector, Matrix)
+    if isinstance(other, Scalar):
+        return None
+    if isinstance(other, Group) and (len(vector.rows) == 1 or all(len(row) == 1 for row in vector.rows)):
+        cells = tuple(cell for row in vector.rows for cell in row)
+        return _ordered(cells, other.parts, scalars) if vector is gold else _ordered(other.parts, cells, scalars)
+    return False
+
+
+_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+
+
+def _compare_inequalities(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
+    if isinstance(gold, Inequality) and isinstance(answer, Inequality):
+        for parts, relations in (
+            (answer.parts, answer.relations),
+            (answer.parts[::-1], tuple(_FLIPPED[relation] for relation in answer.relations[::-1])),
+        ):
+            if relations == gold.relations and all(scalars(a, b) for a, b in zip(gold.parts, parts, strict=True)):
+                return True
+        return scalars(gold.text, answer.text) if len(gold.relations) == len(answer.relations) == 1 else False
+    if isinstance(gold, Inequality):
+        interval = _interval(gold)
+        return None if interval is None else compare(interval, answer, scalars)
+    # An inequality for a gold set says more than was asked, or less: which variable? Left to the caller.
+    return None if isinstance(gold, Group | Union) else False
+
+
+def _interval(inequality: Inequality) -> Value | None:
+    """The set of a variable's values, where the inequality bounds one variable by itself."""
+    parts, relations = inequality.parts, inequality.relations
+    if all(relation in (">", "\\ge") for relation in relations):
+        parts, relations = parts[::-1], tuple(_FLIPPED[relation] for relation in relations[::-1])
+    if not all(relation in ("<", "\\le") for relation in relations):
+        return None
+    if len(parts) == 3 and is_name(parts[1]):
+        low, high = parts[0], parts[2]
+        brackets = ("(" if relations[0] == "<" else "[", ")" if relations[1] == "<" else "]")
+    elif len(parts) == 2 and is_name(parts[0]):
+        low, high, brackets = "-\\infty", parts[1], ("(", ")" if relations[0] == "<" else "]")
+    elif len(parts) == 2 and is_name(parts[1]):
+        low, high, brackets = parts[0], "\\infty", ("(" if relations[0] == "<" else "[", ")")
+    else:
+        return None
+    return Group(*brackets, (Scalar(low), Scalar(high)))
+
+
+def _compare_bag_and_single(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
+    """A list is a single value where it says the same one twice (`1.5 or 3/2`), or is a decimal comma (`1,22`)."""
+    if isinstance(gold, Bag):
+        return isinstance(answer, Scalar) and gold.decimal == answer.text
+    assert isinstance(gold, Scalar)
+    assert isinstance(answer, Bag)
+    if answer.decimal == gold.text:
+        return True
+    if answer.braces or not all(isinstance(part, Scalar) for part in answer.parts):
+        return False
+    results = [scalars(gold.text, part.text) for part in answer.parts if isinstance(part, Scalar)]
+    return False if False in results else None if None in results else True

@@ -1,0 +1,87 @@
+"""The command line: help everywhere, user errors in one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ["demo", "run", "warmup", "search", "clone", "sft", "select", "rl", "eval", "report", "status", "verify"]
+
+
+def _run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", "astro_hpc", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_names_every_command_and_each_explains_itself():
+    top = _run("--help")
+    assert top.returncode == 0
+    for command in COMMANDS:
+        assert f" {command} " in top.stdout
+
+
+@pytest.mark.parametrize("command", ["search", "run", "status"])
+def test_help_of_a_command(command):
+    result = _run(command, "--help")
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "none.yaml"), "none.yaml: can't be read"),
+        (("search", "configs/demo.yaml", "search.k=8"), "unknown key search.k"),
+        (("search", "configs/demo.yaml", "--shard", "3", "--num-shards", "2"), "--shard 3: must be from 0 to 1"),
+        (("sft", "configs/demo.yaml", "--arm", "direct"), "--arm direct: the configuration's arms are astro"),
+        (("warmup", "configs/llama3.1-70b.yaml"), "warmup.enabled is false"),
+        (
+            ("search", "configs/demo.yaml", "warmup.enabled=false", "model.path=embedded:gpt"),
+            "'embedded:gpt' is not embedded",
+        ),
+        (("search", "configs/demo.yaml", "model.path=/nowhere", "warmup.enabled=false"), "no folder /nowhere"),
+        (("status", "nowhere"), "nowhere: not a run folder"),
+        (("report", "nowhere"), "nowhere: not a run folder"),
+        (("verify", "none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):
+    extra = [f"runs_dir={tmp_path}"] if arguments[0] in ("run", "search", "sft", "warmup") else []
+    result = _run(*arguments, *extra)
+    assert result.returncode == 2, result.stderr
+    [line] = result.stderr.strip().splitlines()
+    assert message in line
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_a_stage_out_of_order_names_what_to_run_first(tmp_path):
+    result = _run("clone", "configs/demo.yaml", f"runs_dir={tmp_path}")
+    assert result.returncode == 2
+    assert "run the stage that makes it first" in result.stderr.strip().splitlines()[-1]
+
+
+def test_verify_reads_and_writes_lines(tmp_path):
+    cases = [
+        {"gold": "1/2", "pred": r"so \boxed{0.5}"},
+        {"gold": "7", "pred": r"\boxed{8}"},
+        {"gold": "7", "pred": "?"},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
+    result = _run("verify", tmp_path / "in.jsonl")
+    assert result.returncode == 0, result.stderr
+    assert [json.loads(line)["outcome"] for line in result.stdout.splitlines()] == ["right", "wrong", "wrong"]
+
+
+def test_status_of_a_begun_run(tmp_path):
+    config = tmp_path / "runs" / "x" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text((ROOT / "configs" / "demo.yaml").read_text())
+    rows = json.loads(_run("status", config.parent, "--json").stdout)
+    assert [row["state"] for row in rows] == ["waiting"] * len(rows)
+    assert rows[0]["stage"] == "warmup"
+    assert rows[-1]["stage"] == "eval"

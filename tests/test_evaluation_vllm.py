@@ -1,0 +1,93 @@
+"""Two models of one architecture evaluated on one real vLLM engine, and a real self-evaluation."""
+
+import json
+
+import pytest
+
+from astro_hpc.cloning.self_evaluation import SelfEvaluator
+from astro_hpc.config.schema import RunConfig
+from astro_hpc.evaluation import stage
+from astro_hpc.run.files import read_jsonl
+from astro_hpc.run.stage import StageContext
+
+
+@pytest.fixture(scope="module")
+def llamas(smollm2, tmp_path_factory):
+    """Two tiny random models that differ in their weights; vLLM on CPU wants heads of at least 32."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=49152,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        folders.append(tmp_path_factory.mktemp("llamas") / str(seed))
+        LlamaForCausalLM(config).save_pretrained(folders[-1])
+        AutoTokenizer.from_pretrained(smollm2).save_pretrained(folders[-1])
+    return folders
+
+
+def test_weights_are_swapped_between_models(llamas, tmp_path):
+    first, second = llamas
+    cfg = RunConfig(
+        name="t",
+        runs_dir=tmp_path,
+        problems={"train": [{"type": "signs", "count": 5}]},
+        model={"prompt_style": "minimal-chat"},
+        inference={
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "cpu_kv_cache_gb": 0.1,
+            "dtype": "float32",
+            "cpu_threads": 1,
+        },
+        eval={
+            "benchmarks": {"signs": {"type": "signs", "split": "heldout", "count": 6, "seed": 4}},
+            "num_samples": 2,
+            "max_tokens": 12,
+        },
+    )
+    folder = cfg.run_dir / "eval"
+    folder.mkdir(parents=True)
+    stage.run(StageContext(cfg, folder, "eval"), models={"a": first, "b": second, "a-again": first})
+    texts = {
+        name: [
+            row["generation"]
+            for index in range(2)
+            for row in read_jsonl(folder / name / "signs" / f"output-rs{index}.jsonl")
+        ]
+        for name in ("a", "b", "a-again")
+    }
+    assert len(texts["a"]) == 12
+    assert texts["a"] == texts["a-again"]
+    assert texts["a"] != texts["b"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["model"] for row in summary["results"]] == ["a", "b", "a-again"]
+    assert all(row["tokens"] == 12 * 12 and row["truncated"] == 1 for row in summary["results"])
+
+
+def test_a_random_model_accepts_no_solution(llamas):
+    from astro_hpc.config.schema import InferenceConfig
+    from astro_hpc.inference import make_engine
+
+    cfg = InferenceConfig(max_model_len=1024, max_num_seqs=16, cpu_kv_cache_gb=0.1, dtype="float32", cpu_threads=1)
+    engine = make_engine(llamas[0], cfg)
+    try:
+        evaluator = SelfEvaluator(engine, lambda question: question, num_samples=2, quorum=0.5, seed=1)
+        assert evaluator.accepts([("What is 1 + 1?", "1 + 1 = 2. \\boxed{2}")]) == [False]
+        assert engine.stats.requests == 2
+        assert evaluator.accepts([]) == []
+    finally:
+        engine.close()
