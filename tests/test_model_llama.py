@@ -109,6 +109,7 @@ def test_a_missing_or_broken_config_is_one_line(tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 4, "virtual_pipeline_parallel_size": 3}, 4, "32 layers"),
         ({"virtual_pipeline_parallel_size": 2}, 1, "pipeline_parallel_size is 1"),
         ({"sequence_parallel": True}, 1, "sequence_parallel"),
+        ({"context_parallel_size": 2}, 2, "context_parallel_size 2"),
         ({"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, 2, "wrong losses"),
     ],
 )

@@ -8,7 +8,7 @@
   bare       the same prompts and generated lengths given to vLLM all at once: no stop strings, seeds or
              log-probabilities, end of sequence ignored
   lockstep   the same search where every sample waits for all others of its round of steps
-  one tree   the same search, one tree after another: what waiting at each step costs without other trees
+  one tree   some of the same trees, one after another: what waiting at each step costs without other trees
 
 `driver` replaces the engine by one that answers at once, with 256 trees in flight on one core.
 """
@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -82,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["engine", "driver"])
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="folder, or the embedded model")
-    parser.add_argument("--style", default="minimal-chat")
+    parser.add_argument("--style", default="fewshot-raw", help="the model should keep its format")
     parser.add_argument("--problems", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trees-in-flight", type=int, default=None)
@@ -104,27 +105,30 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
         num_rollouts=2,
         keep_rollouts=True,
         max_step_tokens=24,
-        max_rollout_tokens=96,
+        max_rollout_tokens=64,
         trees_in_flight=arguments.trees_in_flight or 16,
     )
     inference = InferenceConfig(max_model_len=512, max_num_seqs=64, cpu_kv_cache_gb=1.0)
     problems = load_source(SignsSource(count=arguments.problems or 24))
     engine = VLLMEngine(resolve_model(arguments.model), inference, seed=0)
     rates: dict[str, list[float]] = {"search": [], "bare": [], "lockstep": [], "one tree": []}
+    busy: list[float] = []
     with VerifierPool(VerifierConfig()) as verifier:
 
-        def rate(client: Any, in_flight: int) -> float:
+        def rate(client: Any, problems: Sequence[Problem], in_flight: int) -> float:
             engine._call(lambda vllm: vllm.reset_prefix_cache())
-            before, started = engine.stats.generated_tokens, time.perf_counter()
+            before, started = replace(engine.stats), time.perf_counter()
             _search(client, verifier, arguments.style, cfg, problems, in_flight)
-            return (engine.stats.generated_tokens - before) / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            busy.append((engine.stats.busy_seconds - before.busy_seconds) / seconds)
+            return (engine.stats.generated_tokens - before.generated_tokens) / seconds
 
         for _ in range(arguments.rounds):
             recorder = Recorder(engine)
-            rates["search"].append(rate(recorder, cfg.trees_in_flight))
+            rates["search"].append(rate(recorder, problems, cfg.trees_in_flight))
             rates["bare"].append(_bare_rate(engine, recorder.made))
-            rates["lockstep"].append(rate(LockStep(engine), cfg.trees_in_flight))
-            rates["one tree"].append(rate(engine, 1))
+            rates["lockstep"].append(rate(LockStep(engine), problems, cfg.trees_in_flight))
+            rates["one tree"].append(rate(engine, problems[:: len(problems) // 3], 1))
         requests, tokens = len(recorder.made), sum(length for _, length in recorder.made)
     engine.close()
     ratios = {name: [a / b for a, b in zip(rates["search"], rates[name], strict=True)] for name in rates}
@@ -132,6 +136,7 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
         "trees": len(problems),
         "requests": requests,
         "generated tokens": tokens,
+        "engine busy in search": busy[0],
         **{f"{name} tokens/s": statistics.median(values) for name, values in rates.items()},
         **{f"search / {name}": statistics.median(ratios[name]) for name in ratios if name != "search"},
     }

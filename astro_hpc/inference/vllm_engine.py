@@ -398,6 +398,7 @@ class _Pump:
         self.running.clear()
         self.waiting.clear()
 
+
 @contextlib.contextmanager
 def _unchanged_environment(*names: str) -> Iterator[None]:
     """vLLM adds libraries to LD_PRELOAD for its workers; every other child process would get them too."""
@@ -438,8 +439,8 @@ def _create(model_dir: Path, cfg: InferenceConfig, seed: int) -> Any:
         if cfg.quantization is not None:
             raise ConfigError(f"inference.quantization={cfg.quantization} needs an NVIDIA GPU; remove it")
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": int(cfg.cpu_kv_cache_gb * 2**30)}
-        if cfg.dtype == "auto" and not has_fast_bf16():
-            settings["dtype"] = "float32"
+        if cfg.dtype == "auto" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            settings["dtype"] = "float32"  # bfloat16 without its instructions is several times slower
         if cfg.cpu_threads is not None:
             torch.set_num_threads(cfg.cpu_threads)
     else:

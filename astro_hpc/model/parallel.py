@@ -56,6 +56,11 @@ def check_parallel(shape: LlamaShape, parallel: ParallelConfig, world_size: int,
             f"parallel: {shape.num_layers} layers don't divide into pp {pp} x vpp {vpp or 1} = {stages} stages; "
             f"the product can be {', '.join(map(str, fits))}"
         )
+    if cp > 1:
+        raise ConfigError(
+            f"parallel.context_parallel_size {cp}: packed sequences can't be split over context-parallel ranks yet; "
+            "set it to 1 and raise tensor_parallel_size"
+        )
     if parallel.sequence_parallel and tp == 1:
         raise ConfigError("parallel.sequence_parallel needs tensor_parallel_size > 1; switch it off")
     if cpu and vpp is not None and pp == 2:
