@@ -23,9 +23,7 @@ from astro_hpc.evaluation.metrics import (
 def samples(pattern, answers=None, tokens=10):
     """`"1101"` -> four samples; right answers say R, wrong ones w, unless given."""
     answers = answers or ["R" if c == "1" else "w" for c in pattern]
-    return [
-        Graded(c == "1", a, tokens, attempts=(Attempt(c == "1"),)) for c, a in zip(pattern, answers, strict=True)
-    ]
+    return [Graded(c == "1", a, tokens, attempts=(Attempt(c == "1"),)) for c, a in zip(pattern, answers, strict=True)]
 
 
 @given(st.integers(0, 8), st.integers(1, 8))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_models import save_tiny_llama
 
 from astro_hpc.cloning.self_evaluation import SelfEvaluator
 from astro_hpc.config.schema import RunConfig
@@ -13,30 +14,9 @@ from astro_hpc.run.stage import StageContext
 
 @pytest.fixture(scope="module")
 def llamas(smollm2, tmp_path_factory):
-    """Two tiny random models that differ in their weights; vLLM on CPU wants heads of at least 32."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=49152,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    folders = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        folders.append(tmp_path_factory.mktemp("llamas") / str(seed))
-        LlamaForCausalLM(config).save_pretrained(folders[-1])
-        AutoTokenizer.from_pretrained(smollm2).save_pretrained(folders[-1])
-    return folders
+    """Two tiny random models that differ in their weights."""
+    root = tmp_path_factory.mktemp("llamas")
+    return [save_tiny_llama(root / str(seed), smollm2, seed) for seed in (0, 1)]
 
 
 def test_weights_are_swapped_between_models(llamas, tmp_path):

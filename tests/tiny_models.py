@@ -1,4 +1,4 @@
-"""Tiny random Llamas that the model, conversion and training tests share."""
+"""Tiny random Llamas that the tests share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from astro_hpc.training.packing import Example
 
@@ -18,6 +18,27 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def save_tiny_llama(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
+    """A random Llama with the embedded model's tokenizer; heads of 32, the smallest that vLLM takes on CPU."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=49152,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+    return folder
 
 
 def make_llama(folder: Path, *, tied: bool, llama3_rope: bool, vocab_size: int = 300, dtype: str = "float32") -> Path:

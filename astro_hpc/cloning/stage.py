@@ -172,9 +172,7 @@ class _Cloner:
         assert self.evaluator is not None
         if self.ctx.stop_requested:
             raise CheckpointedExit(f"{self.ctx.label}: stopped after {len(self._verdicts)} solutions")
-        keys = [
-            (tree.problem.id, node.id) for tree, nodes in zip(trees, correct, strict=True) for node in nodes
-        ]
+        keys = [(tree.problem.id, node.id) for tree, nodes in zip(trees, correct, strict=True) for node in nodes]
         by_id = {tree.problem.id: tree for tree in trees}
         asked = [key for key in keys if key not in self._verdicts]
         solutions = [(by_id[p].problem.text, _solution_text(by_id[p], by_id[p].nodes[i])) for p, i in asked]

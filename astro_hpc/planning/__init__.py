@@ -1,0 +1,1 @@
+"""Memory, FLOPs, throughput and cost of a run. Not built yet."""

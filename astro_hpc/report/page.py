@@ -129,9 +129,7 @@ def _results(cfg: RunConfig, summary: Mapping[str, Any]) -> list[dict[str, Any]]
 
 def _sentences(cfg: RunConfig, summary: Mapping[str, Any], benchmark: str) -> Iterator[str]:
     """The comparisons that the run is about, in words."""
-    differences = {
-        (row["model"], row["minus"]): row for row in summary["differences"] if row["benchmark"] == benchmark
-    }
+    differences = {(row["model"], row["minus"]): row for row in summary["differences"] if row["benchmark"] == benchmark}
     start = "warmup" if cfg.warmup.enabled else "base"
     pairs = [pair for arm in cfg.arms for pair in ((f"{arm}-sft", start), (f"{arm}-rl", f"{arm}-sft"))]
     for model, minus in [*pairs, ("astro-sft", "direct-sft"), ("astro-rl", "direct-rl")]:

@@ -169,8 +169,9 @@ class Lock:
     The kernel drops the lock with its owner, so a killed process never blocks the next one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, what: str = "") -> None:
+        """`what` is in use, for the error message; the lock's folder when absent."""
+        self.path, self._what = path, what or str(path.parent)
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -182,9 +183,7 @@ class Lock:
             owner = os.read(self._descriptor, 200).decode(errors="replace").strip()
             os.close(self._descriptor)
             self._descriptor = None
-            raise ConfigError(
-                f"{self.path.parent}: in use by {owner or 'another process'}; wait for it or stop it"
-            ) from None
+            raise ConfigError(f"{self._what}: in use by {owner or 'another process'}; wait for it or stop it") from None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         return self

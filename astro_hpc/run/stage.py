@@ -123,7 +123,7 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
         "settings": _digest(stage.settings),
         "inputs": {name: fingerprint(path) for name, path in stage.inputs.items()},
     }
-    with Lock(cfg.run_dir / ".locks" / (stage.label.replace("/", "-") + ".lock")):
+    with Lock(cfg.run_dir / ".locks" / (stage.label.replace("/", "-") + ".lock"), f"{cfg.run_dir}: {stage.label}"):
         done = _read(folder / "manifest.json")
         begun = done or _read(folder / "state.json")
         if begun:

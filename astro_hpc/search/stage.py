@@ -114,9 +114,7 @@ def _search(
                 bar.update(0, tokens=f"{rate:.0f}/s")
                 return ctx.stop_requested
 
-            failures = asyncio.run(
-                search_problems(problems, tools, cfg.search.trees_in_flight, keep, should_stop)
-            )
+            failures = asyncio.run(search_problems(problems, tools, cfg.search.trees_in_flight, keep, should_stop))
     except Stopped:
         raise CheckpointedExit(f"{statistics.trees} of {total} trees are finished") from None
     finally:
