@@ -55,19 +55,15 @@ def demo(
     The same as `astro-hpc run configs/demo.yaml`, or configs/demo-smoke.yaml with --smoke.
     """
     config = _shipped_config("demo-smoke.yaml" if smoke else "demo.yaml")
-    run(config, overrides)
+    _run_all(config, overrides or [])
+    if smoke:
+        print("This was the smoke run: it proves that every stage works. Its numbers mean nothing; run the whole demo.")
 
 
 @app.command()
 def run(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
     """All stages in order on this machine; skips what is done, goes on where it was stopped."""
-    from astro_hpc.pipeline import run_pipeline
-
-    cfg = load_config(config, overrides or [])
-    code = run_pipeline(cfg, [str(config), *(overrides or [])], redo)
-    if code == 0:
-        _finish(cfg)
-    raise typer.Exit(code)
+    _run_all(config, overrides or [], redo)
 
 
 @app.command()
@@ -201,6 +197,17 @@ def main() -> None:
     except KeyboardInterrupt:
         print("astro-hpc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _run_all(config: Path, overrides: list[str], redo: bool = False) -> None:
+    """Every stage, then the table and the page; leaves with the code of a stage that did not finish."""
+    from astro_hpc.pipeline import run_pipeline
+
+    cfg = load_config(config, overrides)
+    code = run_pipeline(cfg, [str(config), *overrides], redo)
+    if code != 0:
+        raise typer.Exit(code)
+    _finish(cfg)
 
 
 def _one_arm(cfg: RunConfig, arm: str | None) -> Any:

@@ -197,7 +197,9 @@ def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = F
         0, or the exit code of the first stage that did not finish.
     """
     write_resolved_config(cfg)
-    for command, stage in pipeline(cfg):
+    commands = pipeline(cfg)
+    for number, (command, stage) in enumerate(commands, 1):
+        print(f"[{number}/{len(commands)}] {stage.label}", file=sys.stderr, flush=True)
         code = _run_command(command, config_arguments, redo)
         if code != 0:
             if code not in (2, 130):

@@ -112,6 +112,7 @@ def test_models_learn_and_answers_are_graded(demo):
         assert len(rows) == 10
         assert {"problem", "expected_answer", "generation", "predicted_answer", "is_correct"} <= set(rows[0])
         assert model in finished.stdout
+    assert "numbers mean nothing" in finished.stdout
     [step] = read_metrics(run / "rl" / "astro" / "metrics.jsonl")
     assert -1 <= step["reward"] <= 1
     rollouts = list(read_jsonl(run / "rl" / "astro" / "rollouts" / "step_00000001.jsonl"))

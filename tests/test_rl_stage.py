@@ -81,7 +81,7 @@ def test_engine_and_trainer_agree_and_a_resumed_run_equals_an_uninterrupted_one(
     for step in (1, 2):
         name = f"step_{step:08d}.jsonl"
         assert (tmp_path / "cut/rollouts" / name).read_text() == (tmp_path / "whole/rollouts" / name).read_text()
-    manifests = [json.loads((tmp_path / k / "hf" / "manifest.json").read_text())["files"] for k in ("whole", "cut")]
+    manifests = [json.loads((tmp_path / k / "hf" / "manifest.json").read_text())["sha256"] for k in ("whole", "cut")]
     assert manifests[0] == manifests[1]
 
 

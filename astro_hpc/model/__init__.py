@@ -7,6 +7,10 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     # Megatron's jit_fuser is torch.compile, which on a CPU costs minutes for nothing. Read when torch is imported.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # What Megatron says at each import where there is no GPU; `astro-hpc doctor` says it once.
+    # What Megatron says at each import where there is no GPU.
     for _message in ("(Transformer Engine and )?Apex (is|are) not installed", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=_message, category=UserWarning)
+
+# Megatron-Core 0.16 calls these itself; a user can do nothing about them.
+for _message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):
+    warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
