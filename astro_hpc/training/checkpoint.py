@@ -204,7 +204,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _prune(folder: Path, keep_last: int) -> None:
-    for path in _checkpoints(folder)[keep_last:]:
+    for path in [path for path in _checkpoints(folder) if damage(path) is None][keep_last:]:
         shutil.rmtree(path)
 
 

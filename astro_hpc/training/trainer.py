@@ -24,6 +24,7 @@ from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import check_parallel, initialise_parallel, launched_world_size
 from astro_hpc.training import checkpoint
+from astro_hpc.model.precision import params_dtype
 from astro_hpc.training.logprobs import target_logprobs
 from astro_hpc.training.packing import PackedBatch
 
@@ -50,7 +51,7 @@ class Trainer:
         """
         self.hf_dir = Path(hf_dir)
         self.shape = LlamaShape.from_hf(self.hf_dir)
-        self.parallel = parallel
+        self.parallel, self.precision = parallel, precision
         check_parallel(self.shape, parallel, launched_world_size(), cpu=on_cpu())
         initialise_parallel(parallel, seed)
         with megatron_device():
@@ -119,9 +120,12 @@ class Trainer:
         """The current weights by Hugging Face name; see `conversion.hf.named_hf_tensors`."""
         return named_hf_tensors(self.chunks, self.shape)
 
-    def export_hf(self, out_dir: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """Write the current weights as a Hugging Face folder; see `conversion.hf.save_hf`."""
-        return save_hf(self.chunks, self.hf_dir, out_dir, dtype)
+    def export_hf(self, out_dir: Path) -> Path:
+        """Write the current weights as a Hugging Face folder, in the precision they are trained in.
+
+        Rounding float32 weights to bfloat16 would undo small updates, and what is evaluated would not be what RL trained.
+        """
+        return save_hf(self.chunks, self.hf_dir, out_dir, params_dtype(self.precision))
 
     def save_checkpoint(
         self,
@@ -272,7 +276,7 @@ def _optimizer_config(
         # Megatron computes the norm only when it clips; an unreachable limit keeps the norm in the metrics.
         clip_grad=optimizer.clip_grad or float("inf"),
         bf16=precision.dtype == "bf16",
-        params_dtype=torch.bfloat16 if precision.dtype == "bf16" else torch.float32,
+        params_dtype=params_dtype(precision),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
     )
