@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -194,6 +195,15 @@ def main() -> None:
     except CheckpointedExit as error:
         print(f"astro-hpc: {error or 'checkpointed'}; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_CHECKPOINTED)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"astro-hpc: {error.filename or 'writing'}: {error.strerror}; free space or choose another runs_dir, "
+            "then the same command goes on from here",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         print("astro-hpc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
-from astro_hpc.run.stage import Stage, StageContext, run_stage, write_resolved_config
+from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
 
 # How a stage is carried out, not what it makes: free to change between attempts.
 _INFERENCE_ONLY_HOW = {"max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"}
@@ -53,6 +53,7 @@ def warmup(cfg: RunConfig) -> Stage:
 def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
     """Monte-Carlo tree search over the training problems."""
     name = shard_name(shard, num_shards)
+    benchmarks = _screened_benchmarks(cfg)
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.search.stage import run
@@ -62,14 +63,15 @@ def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
     settings = {
         "seed": cfg.seed,
         "problems": _dump(cfg.problems),
-        "benchmarks": _dump(cfg.eval)["benchmarks"] if cfg.problems.decontaminate_ngram else {},
+        "benchmarks": [_dump(source) for source in benchmarks],
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
         "search": _dump(cfg.search, {"trees_in_flight"}),
         "shard": [shard, num_shards],
     }
-    return Stage(f"search/{name}", Path("search") / name, {"model": policy_model(cfg)}, settings, body)
+    inputs = {"model": policy_model(cfg)} | _files(cfg, [*cfg.problems.train, *benchmarks])
+    return Stage(f"search/{name}", Path("search") / name, inputs, settings, body)
 
 
 def clone(cfg: RunConfig) -> Stage:
@@ -79,6 +81,9 @@ def clone(cfg: RunConfig) -> Stage:
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.cloning.stage import run
 
+        for folder in shards:
+            if read_manifest(folder) is None:
+                raise ConfigError(f"{folder}: this search is not finished; `astro-hpc search` goes on with it")
         return run(ctx, trees=[folder / "trees.jsonl" for folder in shards], model_dir=policy_model(cfg))
 
     settings = {
@@ -87,8 +92,9 @@ def clone(cfg: RunConfig) -> Stage:
         "clone": _dump(cfg.clone),
         "seq_length": cfg.sft.seq_length,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW) if cfg.clone.self_evaluation_samples else {},
     }
-    inputs = {folder.name: folder / "trees.jsonl" for folder in shards}
+    inputs = {folder.name: folder / "trees.jsonl" for folder in shards} | _files(cfg)
     return Stage("clone", Path("traces"), inputs, settings, body)
 
 
@@ -108,6 +114,7 @@ def sft(cfg: RunConfig, arm: Arm) -> Stage:
 def select(cfg: RunConfig, arm: Arm) -> Stage:
     """Prompts of moderate difficulty for RL, by the SFT model's pass rate."""
     model = cfg.run_dir / "sft" / arm / "hf"
+    candidates, benchmarks = cfg.select.problems or cfg.problems.train, _screened_benchmarks(cfg)
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.rl.select import run
@@ -118,11 +125,13 @@ def select(cfg: RunConfig, arm: Arm) -> Stage:
         "seed": cfg.seed,
         "select": _dump(cfg.select),
         "problems": _dump(cfg.problems),
+        "benchmarks": [_dump(source) for source in benchmarks],
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
     }
-    return Stage(f"select/{arm}", Path("select") / arm, {"model": model}, settings, body)
+    inputs = {"model": model} | _files(cfg, [*candidates, *benchmarks])
+    return Stage(f"select/{arm}", Path("select") / arm, inputs, settings, body)
 
 
 def rl(cfg: RunConfig, arm: Arm) -> Stage:
@@ -145,7 +154,7 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
         "parallel": _dump(cfg.parallel),
         "precision": _dump(cfg.precision),
     }
-    return Stage(f"rl/{arm}", Path("rl") / arm, {"model": model, "prompts": prompts}, settings, body)
+    return Stage(f"rl/{arm}", Path("rl") / arm, {"model": model, "prompts": prompts} | _files(cfg), settings, body)
 
 
 def evaluate(cfg: RunConfig) -> Stage:
@@ -169,13 +178,18 @@ def evaluate(cfg: RunConfig) -> Stage:
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
     }
-    return Stage("eval", Path("eval"), models, settings, body)
+    inputs = models | _files(cfg, cfg.eval.benchmarks.values())
+    return Stage("eval", Path("eval"), inputs, settings, body)
 
 
 def pipeline(cfg: RunConfig) -> list[tuple[str, Stage]]:
     """Every stage of the run in order, with the command that carries it out."""
     stages = [("warmup", warmup(cfg))] if cfg.warmup.enabled else []
-    stages += [("search", search(cfg)), ("clone", clone(cfg))]
+    for folder in search_shards(cfg):
+        shard, num_shards = int(folder.name[6:11]), int(folder.name[-5:])
+        options = f" --shard {shard} --num-shards {num_shards}" if num_shards > 1 else ""
+        stages.append((f"search{options}", search(cfg, shard, num_shards)))
+    stages.append(("clone", clone(cfg)))
     for arm in cfg.arms:
         stages += [(f"sft --arm {arm}", sft(cfg, arm))]
         stages += [(f"select --arm {arm}", select(cfg, arm))]
@@ -196,7 +210,6 @@ def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = F
     Returns:
         0, or the exit code of the first stage that did not finish.
     """
-    write_resolved_config(cfg)
     commands = pipeline(cfg)
     for number, (command, stage) in enumerate(commands, 1):
         print(f"[{number}/{len(commands)}] {stage.label}", file=sys.stderr, flush=True)
@@ -228,19 +241,17 @@ def _run_command(command: str, config_arguments: Sequence[str], redo: bool) -> i
 def _run_child(command: list[str]) -> int:
     """Run a stage's process to its end; it never outlives this one, however this one ends."""
     environment = {**os.environ, "ASTRO_HPC_PARENT": str(os.getpid())}
-    child = subprocess.Popen(command, env=environment)
+    # A group of its own: a terminal's Ctrl-C reaches it through us, once, however this process was told.
+    child = subprocess.Popen(command, env=environment, process_group=0)
 
     def forward(number: int, _: object) -> None:
         child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
-        while True:
-            try:
-                code = child.wait()
-                return 128 - code if code < 0 else code
-            except KeyboardInterrupt:
-                continue  # the terminal has sent it to the child too; wait until it has ended
+        code = child.wait()
+        return 128 - code if code < 0 else code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -248,7 +259,6 @@ def _run_child(command: list[str]) -> int:
 
 def run_one(cfg: RunConfig, stage: Stage, redo: bool = False) -> None:
     """Carry out one stage, or say that it is done."""
-    write_resolved_config(cfg)
     if not run_stage(cfg, stage, redo):
         print(f"{stage.label}: done already", file=sys.stderr)
 
@@ -278,6 +288,18 @@ def search_shards(cfg: RunConfig) -> list[Path]:
     if len(folders) != expected:
         raise ConfigError(f"{cfg.run_dir / 'search'}: {len(folders)} of {expected} shards are there; run the others")
     return folders
+
+
+def _screened_benchmarks(cfg: RunConfig) -> list[Any]:
+    """Sources of the benchmarks that training problems are held against."""
+    return list(cfg.eval.benchmarks.values()) if cfg.problems.decontaminate_ngram else []
+
+
+def _files(cfg: RunConfig, sources: Iterable[Any] = ()) -> dict[str, Path]:
+    """Data files that decide a stage's result: problems, and a prompt style or phrases of the user's own."""
+    paths = [source.path for source in sources if source.type == "jsonl"]
+    paths += [Path(name) for name in (cfg.model.prompt_style, cfg.clone.phrases) if name.endswith((".yaml", ".yml"))]
+    return {str(path): path for path in paths}
 
 
 def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, Any]:

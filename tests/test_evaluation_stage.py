@@ -17,7 +17,7 @@ from astro_hpc.evaluation.table import print_table
 from astro_hpc.inference.scripted import ScriptedEngine
 from astro_hpc.problems import signs
 from astro_hpc.problems.sources import load_source
-from astro_hpc.run.files import read_jsonl
+from astro_hpc.run.files import Journal, read_jsonl
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 
 
@@ -139,7 +139,7 @@ def test_resume_samples_only_missing_files_and_ends_the_same(cfg, engine):
     assert engine.requests == []
 
 
-def test_a_request_to_stop_keeps_the_finished_files(cfg, engine):
+def test_a_request_to_stop_keeps_every_graded_response(cfg, engine):
     folder = cfg.run_dir / "eval"
     folder.mkdir(parents=True)
     ctx = StageContext(cfg, folder, "eval")
@@ -153,7 +153,15 @@ def test_a_request_to_stop_keeps_the_finished_files(cfg, engine):
     engine.script = stop_at_30
     with pytest.raises(CheckpointedExit):
         stage.run(ctx, models={"base": cfg.run_dir / "base"})
-    assert [path.name for path in folder.rglob("*.jsonl")] == ["output-rs0.jsonl"]
+    [journal] = folder.rglob("*.jsonl")
+    kept = list(Journal.read(journal))
+    assert 25 <= len(kept) < 30
+
+    engine.script = play
+    engine.requests.clear()
+    stage.run(StageContext(cfg, folder, "eval"), models={"base": cfg.run_dir / "base"})
+    assert len(engine.requests) == 60 - len(kept), "what was graded is not sampled again"
+    assert sorted(path.name for path in folder.rglob("*.jsonl")) == [f"output-rs{i}.jsonl" for i in range(3)]
 
 
 def test_limits_make_one_model_cheaper(cfg, engine):

@@ -90,7 +90,7 @@ def main() -> int:
 def set_up(env: Environment) -> None:
     """All steps, in the order they depend on one another."""
     check_machine(env)
-    if not env.python.exists():
+    if not env.stamps.is_dir():  # also when an earlier try was cut off half-way
         print(f"setup: making {env.folder}", flush=True)
         make_venv(env)
     env.stamps.mkdir(exist_ok=True)

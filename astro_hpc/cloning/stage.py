@@ -295,9 +295,9 @@ def _token_counter(model_dir: Path | None) -> Callable[[str, str], int] | None:
     """Tokens of prompt, completion and end of sequence, as training will see them."""
     if model_dir is None:
         return None
-    from transformers import AutoTokenizer
+    from astro_hpc.training.data import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
 
     def count(prompt: str, completion: str) -> int:
         return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in (prompt, completion)) + 1

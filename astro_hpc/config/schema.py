@@ -114,7 +114,8 @@ class InferenceConfig(Section):
     engine: Literal["vllm", "scripted"] = "vllm"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """`auto`: the model's own, but float32 on a CPU without bfloat16 instructions, where it is three times faster."""
-    max_model_len: PositiveInt = 8192
+    max_model_len: PositiveInt = 18432
+    """Prompt and response together, at most."""
     max_num_seqs: PositiveInt = 256
     tensor_parallel_size: PositiveInt = 1
     gpu_memory_utilization: Probability = 0.9
@@ -167,11 +168,17 @@ class OptimizerConfig(Section):
     lr_warmup_fraction: Probability = 0.03
     """Share of all steps over which the rate rises from 0 (ours)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    beta1: Probability = 0.9
-    beta2: Probability = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Gradient norm is clipped to this; 0: off."""
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower it")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -317,8 +324,8 @@ class RLConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     mini_batches: PositiveInt = 1
     """Optimizer steps that one batch of rollouts is split into."""
-    seq_length: PositiveInt = 16384
-    """Tokens of a packed training sequence."""
+    seq_length: PositiveInt = 18432
+    """Tokens of a packed training sequence; holds the longest prompt and response."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-7, lr_schedule="constant")
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
@@ -334,7 +341,10 @@ class EvalLimits(Section):
 class EvalConfig(Section):
     """Sampling on held-out benchmarks."""
 
-    benchmarks: dict[str, ProblemSource] = Field(default_factory=dict)
+    benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ProblemSource] = Field(
+        default_factory=dict
+    )
+    """Name -> source; the name becomes a folder."""
     num_samples: PositiveInt = 16
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Ours; so are top_p and max_tokens."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -101,7 +103,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     print(f"model: converting the embedded model into {target} (once)", file=sys.stderr, flush=True)
-    source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that can't be switched off
+        source = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     # A fresh configuration: the loaded one carries a quantization section that cannot be saved.
     settings = source.config.to_dict()

@@ -1,7 +1,7 @@
 """The eval stage: every model answers the same held-out problems on one engine, and each answer is graded.
 
-`MODEL/BENCHMARK/output-rsI.jsonl` holds sample I of every problem, in NeMo-Skills' form; a file is written when all
-of it is graded, and a resumed stage samples only the files that are missing. Metrics come from the files alone.
+`MODEL/BENCHMARK/output-rsI.jsonl` holds sample I of every problem, in NeMo-Skills' form. Responses are journaled as
+they are graded, and a resumed stage samples only what is missing. Metrics come from the files alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from astro_hpc.problems.final_answer import closing_brace
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.sources import load_source
 from astro_hpc.problems.style import PromptStyle
-from astro_hpc.run.files import read_jsonl, write_json_atomic, write_jsonl_atomic
+from astro_hpc.run.files import Journal, read_jsonl, write_json_atomic, write_jsonl_atomic
 from astro_hpc.run.progress import Progress
 from astro_hpc.run.seeds import derive_seed
 from astro_hpc.run.stage import CheckpointedExit, StageContext
@@ -83,6 +83,11 @@ class _Item:
     num_samples: int
     max_tokens: int
 
+    @property
+    def journal(self) -> Path:
+        """Graded responses of files that are not complete."""
+        return self.folder / "graded.jsonl"
+
     def file(self, index: int) -> Path:
         return self.folder / f"output-rs{index}.jsonl"
 
@@ -133,23 +138,39 @@ class _Grader:
         self.tokens = 0
 
     def make_files(self, item: _Item) -> None:
-        """Ask for everything at once, so that the engine's queue never drains; write each file when it is complete."""
-        jobs = [(index, problem) for index in item.missing for problem in item.problems]
-        responses: dict[int, dict[str, _Response]] = {index: {} for index in item.missing}
+        """Ask for everything at once, so that the engine's queue never drains; journal each response as it is graded.
 
-        def on_sample(number: int, sample: Sample) -> None:
-            if self.ctx.stop_requested:
-                raise CheckpointedExit(f"{self.ctx.label}: stopped at {item.model} on {item.benchmark}")
-            index, problem = jobs[number]
-            responses[index][problem.id] = self._submit(problem, sample)
-            self.tokens += len(sample.token_ids)
-            self.progress.update(model=item.model, tokens=f"{self.tokens:,}")
-            if len(responses[index]) == len(item.problems):
-                complete = responses.pop(index)
-                rows = (self._row(problem, complete[problem.id], index) for problem in item.problems)
-                write_jsonl_atomic(item.file(index), rows)
+        The files are written from the journal, which a killed stage goes on from, and which ends with them.
+        """
+        missing = item.missing
+        rows = {(row["sample"], row["id"]): row for row in Journal.read(item.journal) if row["sample"] in missing}
+        self.progress.update(len(rows))
+        jobs = [(i, problem) for i in missing for problem in item.problems if (i, problem.id) not in rows]
+        waiting: dict[int, _Response] = {}
 
-        self.engine.generate_many([self._request(item, index, problem) for index, problem in jobs], on_sample)
+        with Journal(item.journal) as journal:
+
+            def keep(number: int) -> None:
+                index, problem = jobs[number]
+                row = self._row(problem, waiting.pop(number), index)
+                journal.append(row)
+                rows[index, problem.id] = row
+
+            def on_sample(number: int, sample: Sample) -> None:
+                if self.ctx.stop_requested:
+                    raise CheckpointedExit(f"{self.ctx.label}: stopped at {item.model} on {item.benchmark}")
+                waiting[number] = self._submit(jobs[number][1], sample)
+                self.tokens += len(sample.token_ids)
+                self.progress.update(model=item.model, tokens=f"{self.tokens:,}")
+                for graded in [n for n, response in waiting.items() if response.is_graded]:
+                    keep(graded)
+
+            self.engine.generate_many([self._request(item, index, problem) for index, problem in jobs], on_sample)
+            for number in list(waiting):
+                keep(number)
+        for index in missing:
+            write_jsonl_atomic(item.file(index), (rows[index, problem.id] for problem in item.problems))
+        item.journal.unlink()
 
     def _request(self, item: _Item, index: int, problem: Problem) -> SampleRequest:
         from astro_hpc.inference.engine import SampleRequest
@@ -158,7 +179,8 @@ class _Grader:
         ids = self.engine.tokenizer.encode(self.style.render(problem.text), add_special_tokens=False)
         return SampleRequest(
             tuple(ids),
-            max_tokens=item.max_tokens,
+            # a long prompt leaves less room; one that leaves none is refused by the engine, with the numbers
+            max_tokens=max(1, min(item.max_tokens, self.engine.max_model_len - len(ids))),
             temperature=settings.temperature,
             top_p=settings.top_p,
             # without the model's name: every model draws the same random numbers
@@ -205,6 +227,11 @@ class _Response:
     verdict: Future[Verdict]
     ends: list[int]
     attempts: list[Future[Verdict]]
+
+    @property
+    def is_graded(self) -> bool:
+        """All verdicts have come in."""
+        return self.verdict.done() and all(attempt.done() for attempt in self.attempts)
 
 
 def attempt_ends(text: str, marker: str) -> list[int]:

@@ -345,6 +345,9 @@ class _Pump:
         except ValueError as error:  # vLLM's validation
             job.deliver(error)
             return
+        except BaseException as error:  # the job is in neither list here, so nobody else would tell it
+            job.deliver(error)
+            raise
         self.running[name] = job
 
     def _sampling_params(self, request: SampleRequest) -> Any:

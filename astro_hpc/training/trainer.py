@@ -23,8 +23,8 @@ from astro_hpc.model.build import build_model
 from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import check_parallel, initialise_parallel, launched_world_size
-from astro_hpc.training import checkpoint
 from astro_hpc.model.precision import params_dtype
+from astro_hpc.training import checkpoint
 from astro_hpc.training.logprobs import target_logprobs
 from astro_hpc.training.packing import PackedBatch
 
@@ -123,7 +123,7 @@ class Trainer:
     def export_hf(self, out_dir: Path) -> Path:
         """Write the current weights as a Hugging Face folder, in the precision they are trained in.
 
-        Rounding float32 weights to bfloat16 would undo small updates, and what is evaluated would not be what RL trained.
+        Rounding float32 weights to bfloat16 would undo small updates: what is evaluated would not be what was trained.
         """
         return save_hf(self.chunks, self.hf_dir, out_dir, params_dtype(self.precision))
 

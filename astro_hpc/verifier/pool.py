@@ -266,7 +266,7 @@ class _Worker:
         reply = self._read_reply(began + self._seconds)
         if reply is None:
             self._ready = False
-            self._process.send_signal(signal.SIGUSR1)  # ends the child; its successor will say that it is ready
+            self._process.send_signal(signal.SIGUSR2)  # ends the child; its successor will say that it is ready
         elif "outcome" in reply:
             self._ready = not reply["last"]
             return reply["outcome"], time.monotonic() - began

@@ -46,14 +46,17 @@ def main() -> None:
         _send(replies, {"fatal": f"{type(error).__name__}: {error}"})
         return
     child = 0
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(child, signal.SIGKILL) if child else None)
+    # Meant for the stage, which ends this process when it is through; the kernel does when the stage is killed.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, lambda *_: os.kill(child, signal.SIGKILL) if child else None)
     while True:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         this = os.getpid()
         child = os.fork()
         if child == 0:
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+            signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
             code = 1
             with contextlib.suppress(BaseException):
                 die_with_parent(this)
@@ -62,7 +65,7 @@ def main() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
                 code = _serve(judge, requests, replies, seconds)
             os._exit(code)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         _, status = os.waitpid(child, 0)
         child = 0
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
