@@ -36,7 +36,7 @@ def check_parallel(shape: LlamaShape, parallel: ParallelConfig, world_size: int,
     if world_size % parallel.model_parallel_size:
         raise ConfigError(
             f"parallel: tp {tp} x pp {pp} x cp {cp} needs a multiple of {parallel.model_parallel_size} ranks, "
-            f"there are {world_size}; start that many (torchrun or srun) or lower a size"
+            f"there are {world_size}; lower a size (stages of several ranks are not built yet)"
         )
     for what, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
         if count % tp:

@@ -53,6 +53,11 @@ def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
 
 
 def _check(settings: RLConfig, max_model_len: int) -> None:
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "rl: engine and trainer share one process and push weights in memory, which is built for CPU alone yet; "
+            "run this stage where no GPU is visible (CUDA_VISIBLE_DEVICES=)"
+        )
     if settings.temperature != 1.0:
         raise ConfigError(
             f"rl.temperature={settings.temperature}: the trainer's log-probabilities are at temperature 1, so the "
