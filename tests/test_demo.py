@@ -20,7 +20,7 @@ STAGES = ["warmup", "search/shard-00000-of-00001", "traces", "sft/astro", "selec
 
 
 def _command(runs: Path, *extra: str) -> list[str]:
-    settings = [f"runs_dir={runs}", "sft.checkpoint.every_steps=2", "search.trees_in_flight=2", *extra]
+    settings = [f"runs_dir={runs}", "sft.checkpoint.every_steps=1", "search.trees_in_flight=2", *extra]
     return [sys.executable, "-m", "astro_hpc", "demo", "--smoke", *settings]
 
 
@@ -68,7 +68,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
     before = trees.read_bytes()
 
     steps = run / "sft" / "astro" / "metrics.jsonl"
-    _kill_when(_command(runs), lambda: len(read_metrics(steps)) >= 4, log)
+    _kill_when(_command(runs), lambda: len(read_metrics(steps)) >= 2, log)
     assert trees.read_bytes().startswith(before[: before.rfind(b"\n") + 1]), "finished trees are never touched"
 
     finished = subprocess.run(_command(runs), cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
