@@ -138,5 +138,5 @@ def test_changed_settings_are_refused_in_one_line(demo):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     [line] = result.stderr.strip().splitlines()
-    assert "clone.num_search=3 (now 7)" in line
+    assert "clone.num_search=2 (now 7)" in line
     assert "--redo" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -70,6 +71,10 @@ def check_parallel(shape: LlamaShape, parallel: ParallelConfig, world_size: int,
         )
 
 
+_made_in: Any = None
+"""The process group that Megatron's groups were made in."""
+
+
 def initialise_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Join the process group and set up Megatron's parallel state and random states.
 
@@ -80,6 +85,7 @@ def initialise_parallel(parallel: ParallelConfig, seed: int) -> None:
     Raises:
         ConfigError: the ranks that are there don't fit the sizes.
     """
+    global _made_in
     _initialise_process_group()
     world_size = torch.distributed.get_world_size()
     if world_size % parallel.model_parallel_size:
@@ -93,7 +99,9 @@ def initialise_parallel(parallel: ParallelConfig, seed: int) -> None:
             parallel.virtual_pipeline_parallel_size,
             parallel.context_parallel_size,
         )
-        if parallel_state.is_initialized() and _current_sizes() != wanted:
+        # An engine that is closed takes the process group with it, and Megatron's groups are of no use without.
+        stale = _made_in is not torch.distributed.group.WORLD
+        if parallel_state.is_initialized() and (stale or _current_sizes() != wanted):
             parallel_state.destroy_model_parallel()
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(
@@ -102,6 +110,7 @@ def initialise_parallel(parallel: ParallelConfig, seed: int) -> None:
                 virtual_pipeline_model_parallel_size=wanted[2],
                 context_parallel_size=wanted[3],
             )
+        _made_in = torch.distributed.group.WORLD
         model_parallel_cuda_manual_seed(seed % 2**31, force_reset_rng=True)
 
 
