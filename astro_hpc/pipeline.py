@@ -114,7 +114,8 @@ def sft(cfg: RunConfig, arm: Arm) -> Stage:
 def select(cfg: RunConfig, arm: Arm) -> Stage:
     """Prompts of moderate difficulty for RL, by the SFT model's pass rate."""
     model = cfg.run_dir / "sft" / arm / "hf"
-    candidates, benchmarks = cfg.select.problems or cfg.problems.train, _screened_benchmarks(cfg)
+    candidates = cfg.select.problems or cfg.problems.train
+    benchmarks = _screened_benchmarks(cfg)
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.rl.select import run

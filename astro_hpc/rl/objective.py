@@ -1,8 +1,7 @@
 """Advantages, the clipped policy objective and the mismatch gauges, as functions of tensors alone.
 
 Shapes: B responses, T tokens of all responses one after the other. Everything is float32.
-Sources: GRPO (arXiv 2402.03300), Dr.GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476); truncated importance sampling
-as in arXiv 2410.18252 and its use between engine and trainer.
+Sources: GRPO (arXiv 2402.03300), Dr.GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476).
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from astro_hpc.config import ConfigError
 from astro_hpc.inference import make_engine
-from astro_hpc.problems.sources import load_source, load_sources
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.rl.rollouts import Rollout, Sampler
 from astro_hpc.run.files import Journal, write_jsonl_atomic
 from astro_hpc.run.stage import CheckpointedExit, StageContext
+from astro_hpc.search.stage import training_problems
 from astro_hpc.verifier.pool import VerifierPool
 
 _BATCH_OF_PROBLEMS = 256  # bounds what is held in memory
@@ -32,9 +32,7 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
         ConfigError: no problem falls within the window.
     """
     cfg, settings = ctx.cfg, ctx.cfg.select
-    ngram = cfg.problems.decontaminate_ngram
-    benchmarks = [p for source in cfg.eval.benchmarks.values() for p in load_source(source)] if ngram else []
-    problems = load_sources(settings.problems or cfg.problems.train, benchmarks, ngram)
+    problems = training_problems(cfg, settings.problems).problems
     rates = {row["id"]: row for row in Journal.read(ctx.dir / "rates.jsonl")}
     waiting = [problem for problem in problems if problem.id not in rates]
     tokens = sum(row["tokens"] for row in rates.values())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from astro_hpc.config.base import ConfigError
-from astro_hpc.config.schema import RunConfig
+from astro_hpc.config.schema import ProblemSource, RunConfig
 from astro_hpc.inference import make_engine
 from astro_hpc.inference.engine import Engine
 from astro_hpc.problems.problem import Problem
@@ -64,11 +64,15 @@ def run(ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int =
     return [path]
 
 
-def training_problems(cfg: RunConfig) -> LoadedProblems:
-    """The problems to search, those that resemble a benchmark's left out, with the account of all rows."""
+def training_problems(cfg: RunConfig, sources: Sequence[ProblemSource] | None = None) -> LoadedProblems:
+    """Problems to learn from, those that resemble a benchmark's left out, with the account of all rows.
+
+    Args:
+        sources: where they are from; the training problems when absent.
+    """
     ngram = cfg.problems.decontaminate_ngram
     benchmarks = [p for source in cfg.eval.benchmarks.values() for p in load_source(source)] if ngram else []
-    return read_sources(cfg.problems.train, benchmarks, ngram)
+    return read_sources(sources or cfg.problems.train, benchmarks, ngram)
 
 
 def in_shard(problems: Iterable[Problem], shard: int, num_shards: int) -> list[Problem]:

@@ -18,7 +18,7 @@ from astro_hpc.training.trainer import LossFunction, Trainer
 def train(ctx: StageContext, *, examples: Path, training: TrainingConfig, init_hf: Path, label: str) -> list[Path]:
     """Train `init_hf` on `examples`, from the newest checkpoint in `ctx.dir` when there is one.
 
-    The loss of a step is the mean over its targets (paper, section 2.5: cross-entropy on the traces). An interrupted
+    The loss of a step is the mean over its targets (cross-entropy, as in section 3.1 of the paper). An interrupted
     and resumed run makes the same steps as an uninterrupted one.
 
     Args:
