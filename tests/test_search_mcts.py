@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -129,6 +131,26 @@ def test_the_number_of_trees_in_flight_and_the_order_of_samples_change_nothing(b
     slow = ScriptedEngine(max_model_len=2048, latency=1.0)
     assert build(in_flight=7, keep_rollouts=True, engine=slow) == alone
     assert build(problems=PROBLEMS[::-1], in_flight=3, keep_rollouts=True) == alone[::-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "digest"),
+    [
+        ({}, "423e8073af4861d5"),
+        ({"keep_rollouts": True}, "6e93b57ee2bc8fff"),
+        ({"merge_identical_steps": False}, "03412964fcf20e97"),
+        ({"prior": "uniform", "keep_rollouts": True}, "602fcb555e119797"),
+        ({"c_puct": 3.0, "max_depth": 3}, "4e32d88dbefb2d3b"),
+    ],
+)
+def test_trees_stay_as_they_were(build, settings, digest):
+    """A search that is made faster builds the same trees: all nodes and figures, to 9 digits."""
+
+    def rounded(value: object) -> object:
+        return float(f"{value:.9g}") if isinstance(value, float) else value
+
+    rows = [[{k: rounded(v) for k, v in node.items()} for node in t.to_json()["nodes"]] for t in build(**settings)]
+    assert hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16] == digest
 
 
 def test_an_exhausted_tree_only_backs_up(build):

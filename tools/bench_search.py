@@ -1,16 +1,20 @@
 """How busy the search keeps its engine, as ratios in one run on one machine.
 
-    python tools/bench_search.py engine [--problems 24] [--rounds 3]
-    python tools/bench_search.py driver [--problems 512]
+    python tools/bench_search.py [--trees 72] [--json]      everything, about 6 minutes on two cores
+    python tools/bench_search.py --only driver              the search's own work, seconds
+    python tools/bench_search.py --only engine              with vLLM
 
-`engine` searches with vLLM and compares, each round anew and with an empty prefix cache:
-  search     generated tokens a second with `search.trees_in_flight` trees
-  bare       the same prompts and generated lengths given to vLLM all at once: no stop strings, seeds or
-             log-probabilities, end of sequence ignored
-  lockstep   the same search where every sample waits for all others of its round of steps
-  one tree   some of the same trees, one after another: what waiting at each step costs without other trees
+With vLLM, each with an empty prefix cache:
+  search        tokens generated a second with `--in-flight` trees; the tail, when no problem is left to begin and
+                the batch runs empty, is also reported by itself
+  bare          the same requests (prompt, length, temperature, seed, log-probabilities) given to the same vLLM all at
+                once, the end of the sequence ignored
+  barest        as bare, without seeds and log-probabilities, which a search can't do without
+  lockstep      the same search, on `--slow-trees` trees, where every sample waits for all others of its round
+  tree by tree  a driver that finishes one tree before the next and waits for every sample of a step
 
-`driver` replaces the engine by one that answers at once, with 256 trees in flight on one core.
+The driver alone: the engine answers at once with sentences made beforehand (real tokenizer), 256 trees in flight,
+finished trees journaled; one core does it all.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
+import os
+import platform
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +35,6 @@ from typing import Any
 from astro_hpc.config.schema import InferenceConfig, SearchConfig, SignsSource, VerifierConfig
 from astro_hpc.conversion.embedded import resolve_model
 from astro_hpc.inference.engine import EngineStats, Sample, SampleRequest
-from astro_hpc.inference.scripted import ScriptedEngine
 from astro_hpc.inference.vllm_engine import VLLMEngine
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.sources import load_source
@@ -41,9 +46,38 @@ from astro_hpc.search.steps import StepCutter
 from astro_hpc.search.tree import Tree
 from astro_hpc.verifier.pool import VerifierPool
 
+_DRIVER_TREES_IN_FLIGHT = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["engine", "driver"])
+    parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="folder, or the embedded model")
+    parser.add_argument("--style", default="fewshot-raw", help="one whose format the model keeps")
+    parser.add_argument("--trees", type=int, default=72, help="trees of the search; more make the tail shorter")
+    parser.add_argument("--slow-trees", type=int, default=24, help="trees of the lockstep driver; an eighth: by tree")
+    parser.add_argument("--in-flight", type=int, default=SearchConfig().trees_in_flight)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--driver-trees", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.node()}"}
+    if arguments.only != "engine":
+        result |= bench_driver(arguments)
+    if arguments.only != "driver":
+        result |= bench_engine(arguments)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:<36} " + (f"{value:,.3f}" if isinstance(value, float) else str(value)))
+
+
+# --- with vLLM ------------------------------------------------------------------------------------------------
+
 
 class Recorder:
-    """Passes requests on and remembers each with its generated length."""
+    """Passes requests on and remembers them in their order, each with its generated length."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -51,8 +85,10 @@ class Recorder:
         self.made: list[tuple[SampleRequest, int]] = []
 
     async def generate(self, request: SampleRequest) -> Sample:
+        number = len(self.made)
+        self.made.append((request, 0))
         sample = await self.engine.generate(request)
-        self.made.append((request, len(sample.token_ids)))
+        self.made[number] = (request, len(sample.token_ids))
         return sample
 
 
@@ -79,70 +115,93 @@ class LockStep:
         return sample
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["engine", "driver"])
-    parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="folder, or the embedded model")
-    parser.add_argument("--style", default="fewshot-raw", help="the model should keep its format")
-    parser.add_argument("--problems", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--trees-in-flight", type=int, default=None)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    result = bench_engine(arguments) if arguments.what == "engine" else bench_driver(arguments)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for name, value in result.items():
-        print(f"{name:<32} {value:,.3f}" if isinstance(value, float) else f"{name:<32} {value:,}")
+class Clock:
+    """Rates of one search: over all of it, and up to the moment when the last problem is begun."""
+
+    def __init__(self, stats: EngineStats, problems: Sequence[Problem]) -> None:
+        self._stats, self._problems = stats, problems
+        self._started, self._first = time.perf_counter(), replace(stats)
+        self._last_begun: tuple[float, int] | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """The problems; notes when none is left to begin."""
+        yield from self._problems
+        self._last_begun = (time.perf_counter(), self._stats.generated_tokens)
+
+    def stop(self) -> dict[str, float]:
+        """Seconds, tokens and rates."""
+        now, stats, first = time.perf_counter(), self._stats, self._first
+        assert self._last_begun is not None
+        seconds, tokens = now - self._started, stats.generated_tokens - first.generated_tokens
+        tail_seconds, tail_tokens = now - self._last_begun[0], stats.generated_tokens - self._last_begun[1]
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "rate": tokens / seconds,
+            "tail seconds": tail_seconds,
+            "tail rate": tail_tokens / tail_seconds,
+            "full rate": (tokens - tail_tokens) / max(seconds - tail_seconds, 1e-9),
+            "busy": (stats.busy_seconds - first.busy_seconds) / seconds,
+            "cached": (stats.cached_prompt_tokens - first.cached_prompt_tokens)
+            / max(stats.prompt_tokens - first.prompt_tokens, 1),
+        }
 
 
-def bench_engine(arguments: argparse.Namespace) -> dict[str, float]:
-    """Medians over rounds of tokens a second, and their ratios."""
+def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of the search and of what it is held against, and the ratios."""
     cfg = SearchConfig(
-        num_iterations=4,
+        num_iterations=2,
         num_expansions=4,
         num_rollouts=2,
         keep_rollouts=True,
-        max_step_tokens=24,
-        max_rollout_tokens=64,
-        trees_in_flight=arguments.trees_in_flight or 16,
+        max_step_tokens=16,
+        max_rollout_tokens=40,
+        trees_in_flight=arguments.in_flight,
     )
-    inference = InferenceConfig(max_model_len=512, max_num_seqs=64, cpu_kv_cache_gb=1.0)
-    problems = load_source(SignsSource(count=arguments.problems or 24))
+    inference = InferenceConfig(max_model_len=512, max_num_seqs=arguments.max_num_seqs, cpu_kv_cache_gb=1.0)
+    problems = load_source(SignsSource(count=arguments.trees))
     engine = VLLMEngine(resolve_model(arguments.model), inference, seed=0)
-    rates: dict[str, list[float]] = {"search": [], "bare": [], "lockstep": [], "one tree": []}
-    busy: list[float] = []
     with VerifierPool(VerifierConfig()) as verifier:
 
-        def rate(client: Any, problems: Sequence[Problem], in_flight: int) -> float:
+        def search(client: Any, problems: Sequence[Problem], in_flight: int) -> dict[str, float]:
             engine._call(lambda vllm: vllm.reset_prefix_cache())
-            before, started = replace(engine.stats), time.perf_counter()
-            _search(client, verifier, arguments.style, cfg, problems, in_flight)
-            seconds = time.perf_counter() - started
-            busy.append((engine.stats.busy_seconds - before.busy_seconds) / seconds)
-            return (engine.stats.generated_tokens - before.generated_tokens) / seconds
+            clock = Clock(engine.stats, problems)
+            _search(client, verifier, arguments.style, cfg, clock.problems(), in_flight)
+            return clock.stop()
 
-        for _ in range(arguments.rounds):
-            recorder = Recorder(engine)
-            rates["search"].append(rate(recorder, problems, cfg.trees_in_flight))
-            rates["bare"].append(_bare_rate(engine, recorder.made))
-            rates["lockstep"].append(rate(LockStep(engine), problems, cfg.trees_in_flight))
-            rates["one tree"].append(rate(engine, problems[:: len(problems) // 3], 1))
-        requests, tokens = len(recorder.made), sum(length for _, length in recorder.made)
+        search(engine, problems[:2], 2)  # whatever is done once
+        recorder = Recorder(engine)
+        searched = search(recorder, problems, cfg.trees_in_flight)
+        bare = _bare_rate(engine, recorder.made, same_parameters=True)
+        barest = _bare_rate(engine, recorder.made, same_parameters=False)
+        some = problems[: arguments.slow_trees]
+        lockstep = search(LockStep(engine), some, cfg.trees_in_flight)
+        by_tree = search(LockStep(engine), problems[: max(2, arguments.slow_trees // 8)], 1)
     engine.close()
-    ratios = {name: [a / b for a, b in zip(rates["search"], rates[name], strict=True)] for name in rates}
     return {
         "trees": len(problems),
-        "requests": requests,
-        "generated tokens": tokens,
-        "engine busy in search": busy[0],
-        **{f"{name} tokens/s": statistics.median(values) for name, values in rates.items()},
-        **{f"search / {name}": statistics.median(ratios[name]) for name in ratios if name != "search"},
+        "trees in flight": cfg.trees_in_flight,
+        "requests": len(recorder.made),
+        "generated tokens": searched["tokens"],
+        "search: seconds": searched["seconds"],
+        "search: tail seconds": searched["tail seconds"],
+        "search: engine busy": searched["busy"],
+        "search: prompt tokens cached": searched["cached"],
+        "search tokens/s": searched["rate"],
+        "search tokens/s before the tail": searched["full rate"],
+        "search tokens/s in the tail": searched["tail rate"],
+        "bare tokens/s": bare,
+        "barest tokens/s": barest,
+        "lockstep tokens/s": lockstep["rate"],
+        "tree by tree tokens/s": by_tree["rate"],
+        "search / bare": searched["rate"] / bare,
+        "search / barest": searched["rate"] / barest,
+        "search / lockstep": searched["rate"] / lockstep["rate"],
+        "search / tree by tree": searched["rate"] / by_tree["rate"],
     }
 
 
-def _bare_rate(engine: VLLMEngine, made: Sequence[tuple[SampleRequest, int]]) -> float:
+def _bare_rate(engine: VLLMEngine, made: Sequence[tuple[SampleRequest, int]], same_parameters: bool) -> float:
     """Tokens a second of vLLM alone on the recorded prompts and lengths."""
 
     def run(vllm: Any) -> float:
@@ -153,69 +212,103 @@ def _bare_rate(engine: VLLMEngine, made: Sequence[tuple[SampleRequest, int]]) ->
         vllm.reset_prefix_cache()
         started = time.perf_counter()
         for number, (request, length) in enumerate(made):
+            same = {"seed": request.seed, "logprobs": 0, "flat_logprobs": True} if same_parameters else {}
             parameters = SamplingParams(
                 max_tokens=length,
                 ignore_eos=True,
                 temperature=request.temperature,
+                top_p=request.top_p,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                **same,
             )
             vllm.add_request(f"bare-{number}", tokens_input(list(request.prompt_token_ids)), parameters)
         tokens = 0
         while vllm.has_unfinished_requests():
-            tokens += sum(len(output.outputs[0].token_ids) for output in vllm.step())
+            tokens += sum(len(output.outputs[0].token_ids) for output in vllm.step() if output.finished)
         assert tokens == sum(length for _, length in made)
         return tokens / (time.perf_counter() - started)
 
     return engine._call(run)
 
 
-def bench_driver(arguments: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of the search's own work, the scripted engine's included."""
-    cfg = SearchConfig(num_iterations=16, num_expansions=8, num_rollouts=8, max_rollout_tokens=1024)
-    problems = [Problem(f"bench/{i}", f"problem {i}", "1") for i in range(arguments.problems or 512)]
-    engine = ScriptedEngine(_long_steps)
-    engine_alone = _seconds_alone(engine, problems, cfg)
-    engine.stats = EngineStats()
-    in_flight = arguments.trees_in_flight or 256
-    with VerifierPool(VerifierConfig()) as verifier:
+# --- the driver alone -----------------------------------------------------------------------------------------
+
+
+class InstantEngine:
+    """Answers at once with samples made beforehand, so that what is measured is the search alone."""
+
+    max_model_len = 1 << 20
+
+    def __init__(self, tokenizer: Any, style: PromptStyle) -> None:
+        self.tokenizer = tokenizer
+        self.stats = EngineStats()
+        self._is_step = style.step_delimiter
+        draw = random.Random(0)
+        self._steps = [self._sample(_step(draw), False) for _ in range(500)]
+        self._steps += [self._sample(f"\\boxed{{{draw.randrange(4)}}}", True) for _ in range(50)]
+        self._rollouts = [
+            self._sample("".join(_step(draw) for _ in range(draw.randrange(2, 10))) + f"\\boxed{{{i % 4}}}", True)
+            for i in range(500)
+        ]
+
+    async def generate(self, request: SampleRequest) -> Sample:
+        samples = self._steps if request.stop[0] == self._is_step else self._rollouts
+        sample = samples[request.seed % len(samples)]
+        self.stats.requests += 1
+        self.stats.generated_tokens += len(sample.token_ids)
+        await asyncio.sleep(0)
+        return sample
+
+    def _sample(self, text: str, ended: bool) -> Sample:
+        tokens = [*self.tokenizer.encode(text, add_special_tokens=False), *[self.tokenizer.eos_token_id] * ended]
+        return Sample(tuple(tokens), tuple(-0.1 * (1 + token % 7) for token in tokens), text, "stop", ended)
+
+
+def _step(draw: random.Random) -> str:
+    a, b = draw.randrange(10, 60), draw.randrange(10, 40)
+    return f"Step {draw.randrange(1, 9)}: {a} + {b} = {a + b}\n"
+
+
+def bench_driver(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of the search's own work: the tree, requests, cutting, verdicts, journal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    cfg = SearchConfig(num_iterations=16)
+    engine = InstantEngine(
+        AutoTokenizer.from_pretrained(resolve_model(arguments.model)), PromptStyle.load(arguments.style)
+    )
+    problems = [Problem(f"bench/{i}", f"What is {i} + {i + 1}?", str(i % 4)) for i in range(arguments.driver_trees)]
+    with VerifierPool(VerifierConfig()) as verifier, _one_core():
         started, cpu = time.perf_counter(), time.process_time()
-        _search(engine, verifier, arguments.style, cfg, problems, in_flight)
+        _search(engine, verifier, arguments.style, cfg, problems, _DRIVER_TREES_IN_FLIGHT)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     stats = engine.stats
     return {
-        "trees": len(problems),
-        "trees in flight": in_flight,
-        "requests": stats.requests,
-        "generated tokens": stats.generated_tokens,
-        "tokens/s": stats.generated_tokens / seconds,
-        "requests/s": stats.requests / seconds,
-        "cores used": cpu / seconds,
-        "share of the scripted engine": engine_alone * stats.generated_tokens / seconds,
+        "driver: trees": len(problems),
+        "driver: trees in flight": _DRIVER_TREES_IN_FLIGHT,
+        "driver: seconds": seconds,
+        "driver: requests/s": stats.requests / seconds,
+        "driver: tokens a request": stats.generated_tokens / stats.requests,
+        "driver: cores used": cpu / seconds,
+        "driver tokens/s": stats.generated_tokens / seconds,
     }
 
 
-def _long_steps(context: str, random_numbers: Any) -> str:
-    """Up to ten steps of 39 tokens, each one of nine, then a boxed digit."""
-    done = context.count("\nStep ")
-    steps = [
-        f"Step {done + i + 1:2}: add {random_numbers.randrange(1, 10)} to both sides of it, done.\n"
-        for i in range(max(0, 10 - done))
-    ]
-    return "".join(steps) + f"\\boxed{{{random_numbers.randrange(3)}}}"
+class _one_core:
+    """Keep this process, all its threads, on one core."""
 
+    def __enter__(self) -> None:
+        self._before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(self._before)})
 
-def _seconds_alone(engine: ScriptedEngine, problems: Sequence[Problem], cfg: SearchConfig) -> float:
-    """Seconds that the scripted engine itself takes for a token of a rollout."""
-    prompt = tuple(engine.tokenizer.encode("x" * 300))
-    requests = [SampleRequest(prompt, cfg.max_rollout_tokens, seed=i) for i in range(2000)]
-    started = time.perf_counter()
-    samples = engine.generate_many(requests)
-    return (time.perf_counter() - started) / sum(len(sample.token_ids) for sample in samples)
+    def __exit__(self, *_: object) -> None:
+        os.sched_setaffinity(0, self._before)
 
 
 def _search(
-    engine: Any, verifier: VerifierPool, style: str, cfg: SearchConfig, problems: Sequence[Problem], in_flight: int
+    engine: Any, verifier: VerifierPool, style: str, cfg: SearchConfig, problems: Iterable[Problem], in_flight: int
 ) -> None:
     prompt_style = PromptStyle.load(style)
     cutter = StepCutter(engine.tokenizer, prompt_style.step_delimiter)

@@ -121,14 +121,16 @@ class _TreeSearch:
         """Sample k next steps and evaluate those that are new."""
         stop = (self.tools.style.step_delimiter, *self.tools.style.stop)
         numbers = range(self.cfg.num_expansions)
-        samples = await _all_of(self._sample(leaf, "step", i, self.cfg.max_step_tokens, stop) for i in numbers)
+        # Built once and handed down: k + k * M requests start from here.
+        context, solution = self._context(leaf), self._solution(leaf)
+        samples = await _all_of(self._sample(leaf, context, "step", i, self.cfg.max_step_tokens, stop) for i in numbers)
         children: dict[int, Node] = {}
         for sample in samples:
             step = next(iter(self.tools.cutter.cut(sample)), _EMPTY_STEP)
-            child = self._child(leaf, step, "expansion")
+            child = self._child(leaf, step, "expansion", solution)
             children[child.id] = child
         fresh = list(children.values())
-        rollouts_of = await _all_of(self._evaluate(node) for node in fresh)
+        rollouts_of = await _all_of(self._evaluate(node, context, solution) for node in fresh)
         # In the order of nodes and numbers, whatever came in first.
         for node, rollouts in zip(fresh, rollouts_of, strict=True):
             for rollout in rollouts:
@@ -136,33 +138,37 @@ class _TreeSearch:
         if self.cfg.keep_rollouts:
             for node, rollouts in zip(fresh, rollouts_of, strict=True):
                 for rollout in rollouts:
-                    self._grow(node, rollout)
+                    self._grow(node, rollout, solution + node.step)
         self._renew_priors(leaf)
 
-    async def _evaluate(self, node: Node) -> list[_Rollout]:
+    async def _evaluate(self, node: Node, parent_context: tuple[int, ...], parent_solution: str) -> list[_Rollout]:
         """Settle a terminal by its verdict; else draw the rollouts that its M lacks."""
+        solution = parent_solution + node.step
         if node.terminal:
             if node.outcome is None:
-                self._settle(node, await self._verify(self._solution(node)))
+                self._settle(node, await self._verify(solution))
             return []
+        context = parent_context + node.token_ids
         missing = range(len(self.notes[node.id].returns), self.cfg.num_rollouts)
-        return await _all_of(self._roll_out(node, number) for number in missing)
+        return await _all_of(self._roll_out(node, context, solution, number) for number in missing)
 
-    async def _roll_out(self, node: Node, number: int) -> _Rollout:
+    async def _roll_out(self, node: Node, context: tuple[int, ...], solution: str, number: int) -> _Rollout:
         """Let the model go on from `node` to the end, and judge where that leads."""
-        sample = await self._sample(node, "rollout", number, self.cfg.max_rollout_tokens, self.tools.style.stop)
+        sample = await self._sample(
+            node, context, "rollout", number, self.cfg.max_rollout_tokens, self.tools.style.stop
+        )
         self.stats["rollouts"] += 1
         self.stats["rollout_tokens"] += len(sample.token_ids)
         steps = self.tools.cutter.cut(sample)
-        solution = self._solution(node)
         for count, step in enumerate(steps, 1):
             solution += step.text
             if self._is_answered(solution):
                 return _Rollout(steps[:count], await self._verify(solution))
         return _Rollout(steps, _NO_ANSWER)
 
-    async def _sample(self, node: Node, kind: str, number: int, max_tokens: int, stop: tuple[str, ...]) -> Sample:
-        context = self.prompt_ids + tuple(token for step in self.tree.path(node) for token in step.token_ids)
+    async def _sample(
+        self, node: Node, context: tuple[int, ...], kind: str, number: int, max_tokens: int, stop: tuple[str, ...]
+    ) -> Sample:
         room = self.tools.engine.max_model_len - len(context)
         seed = derive_seed(self.tools.seed, "search", self.problem.id, node.id, kind, number)
         sample = await self.tools.engine.generate(
@@ -179,16 +185,22 @@ class _TreeSearch:
 
     # --- what changes the tree; no waiting in here ------------------------------------------------------------
 
-    def _child(self, parent: Node, step: Step, origin: str) -> Node:
-        """The child of `parent` by `step`: a new one, or the one of equal text with the step's mass added."""
-        node = next((n for n in self.tree.children(parent) if n.step == step.text), None)
-        if node is None or not self.cfg.merge_identical_steps:
+    def _child(self, parent: Node, step: Step, origin: str, solution: str) -> Node:
+        """The child of `parent` by `step`: a new one, or the one of equal text with the step's mass added.
+
+        Args:
+            solution: the text down to `parent`.
+        """
+        node = None
+        if self.cfg.merge_identical_steps:
+            node = next((n for n in self.tree.children(parent) if n.step == step.text), None)
+        if node is None:
             node = Node(len(self.tree.nodes), parent.id, parent.depth + 1, step.text, step.token_ids, step.logprob)
             node.origin = origin
             self.tree.nodes.append(node)
             self.notes.append(_Notes(self.notes[parent.id].length + len(step.token_ids)))
             parent.children.append(node.id)
-            self._classify(node, step.delimited)
+            self._classify(node, solution + step.text, step.delimited)
         else:
             self.stats["merged_steps"] += origin == "expansion" and node.origin == "expansion"
             if origin == "expansion":
@@ -197,9 +209,9 @@ class _TreeSearch:
         self.notes[node.id].mass += 1.0 if uniform else step_mass(step.logprob, len(step.token_ids))
         return node
 
-    def _classify(self, node: Node, delimited: bool) -> None:
+    def _classify(self, node: Node, solution: str, delimited: bool) -> None:
         """Mark a new node that ends its path; an answered one awaits its verdict."""
-        if self._is_answered(self._solution(node)):
+        if self._is_answered(solution):
             node.terminal = True
         elif not delimited or not node.step.strip() or self.notes[node.id].length >= self.tools.engine.max_model_len:
             self._settle(node, _NO_ANSWER)
@@ -214,13 +226,18 @@ class _TreeSearch:
         returns.append(float(verdict.outcome == "right"))
         node.reward = node.q = sum(returns) / len(returns)
 
-    def _grow(self, start: Node, rollout: _Rollout) -> None:
-        """Add a rollout's steps below `start` as a path, as far as the depth limit or the path's first end."""
+    def _grow(self, start: Node, rollout: _Rollout, solution: str) -> None:
+        """Add a rollout's steps below `start` as a path, as far as the depth limit or the path's first end.
+
+        Args:
+            solution: the text down to `start`.
+        """
         node = start
         for step in rollout.steps:
             if node.depth >= self.cfg.max_depth:
                 return
-            parent, node = node, self._child(node, step, "rollout")
+            parent, node = node, self._child(node, step, "rollout", solution)
+            solution += step.text
             self._renew_priors(parent)
             if node.terminal:
                 if node.outcome is None:
@@ -230,6 +247,9 @@ class _TreeSearch:
 
     def _renew_priors(self, parent: Node) -> None:
         set_priors(self.tree.children(parent), [self.notes[child].mass for child in parent.children])
+
+    def _context(self, node: Node) -> tuple[int, ...]:
+        return self.prompt_ids + tuple(token for step in self.tree.path(node) for token in step.token_ids)
 
     def _solution(self, node: Node) -> str:
         return "".join(step.step for step in self.tree.path(node))
