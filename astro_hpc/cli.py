@@ -84,12 +84,44 @@ def search(
     overrides: Overrides = None,
     shard: Annotated[int, typer.Option(help="Which shard to search.")] = 0,
     num_shards: Annotated[int, typer.Option(help="Into how many shards the problems are split.")] = 1,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Search nothing: merge the shards' trees and say what is missing.")
+    ] = False,
+    economics: Annotated[
+        bool, typer.Option("--economics", help="Search nothing: compare the search with best-of-N at equal tokens.")
+    ] = False,
     redo: Redo = False,
+    as_json: Json = False,
 ) -> None:
-    """Monte-Carlo tree search over the training problems; one shard, or all of them."""
+    """Monte-Carlo tree search over the training problems; one shard, or all of them.
+
+    A problem's shard is a hash of its id, so adding problems moves none. Any number of shards may run at the same
+    time; one that is killed goes on with the same command and loses the trees in flight alone.
+
+    --gather merges the trees of all shards, finished or running, into search/trees.jsonl and writes what it found
+    (shards and problems missing, duplicates, statistics) to search/gather.json; exit code 1 while problems lack their
+    tree.
+
+    --economics, after the search, samples the same problems anew: independent solutions until the tokens of the
+    problem's tree are spent, and one greedy solution. It costs about as many tokens as the search did
+    (economics.num_problems limits it) and writes search/economics/economics.json.
+    """
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
+    if gather and economics:
+        raise ConfigError("--gather and --economics are two commands; give one of them")
+    if gather:
+        report = pipeline.gather_search(cfg)
+        print(json.dumps(report.to_json()) if as_json else "\n".join(report.lines()))
+        raise typer.Exit(0 if report.complete else 1)
+    if economics:
+        from astro_hpc.evaluation.economics import read_economics, table
+
+        pipeline.run_one(cfg, pipeline.economics(cfg), redo)
+        summary = read_economics(cfg) or {}
+        print(json.dumps(summary) if as_json else table(summary))
+        return
     pipeline.run_one(cfg, pipeline.search(cfg, shard, num_shards), redo)
 
 

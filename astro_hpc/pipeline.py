@@ -17,6 +17,7 @@ from typing import Any
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
 from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
+from astro_hpc.search.shards import TREES, GatherReport, find_shards, gather, shard_name
 
 # How a stage is carried out, not what it makes: free to change between attempts.
 _INFERENCE_ONLY_HOW = {"max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"}
@@ -74,6 +75,35 @@ def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
     return Stage(f"search/{name}", Path("search") / name, inputs, settings, body)
 
 
+def gather_search(cfg: RunConfig) -> GatherReport:
+    """Merge the shards' trees and say what is missing. No stage: it may be done at any time, also while shards run."""
+    from astro_hpc.search.stage import training_problems
+
+    return gather(cfg.run_dir, training_problems(cfg).problems)
+
+
+def economics(cfg: RunConfig) -> Stage:
+    """The search against best-of-N at equal tokens and against greedy. Not part of a run: asked for by itself."""
+    shards = search_shards(cfg)
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.evaluation.economics import run
+
+        _refuse_unfinished(shards)
+        return run(ctx, journals=[folder / TREES for folder in shards], model_dir=policy_model(cfg))
+
+    settings = {
+        "seed": cfg.seed,
+        "prompt_style": cfg.model.prompt_style,
+        "search": _dump(cfg.search, {"trees_in_flight"}),
+        "economics": _dump(cfg.economics),
+        "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
+    }
+    inputs = {"model": policy_model(cfg)} | {folder.name: folder / TREES for folder in shards} | _files(cfg)
+    return Stage("economics", Path("search") / "economics", inputs, settings, body)
+
+
 def clone(cfg: RunConfig) -> Stage:
     """Trees become chains of thought, for both arms."""
     shards = search_shards(cfg)
@@ -81,10 +111,8 @@ def clone(cfg: RunConfig) -> Stage:
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.cloning.stage import run
 
-        for folder in shards:
-            if read_manifest(folder) is None:
-                raise ConfigError(f"{folder}: this search is not finished; `astro-hpc search` goes on with it")
-        return run(ctx, trees=[folder / "trees.jsonl" for folder in shards], model_dir=policy_model(cfg))
+        _refuse_unfinished(shards)
+        return run(ctx, trees=[folder / TREES for folder in shards], model_dir=policy_model(cfg))
 
     settings = {
         "seed": cfg.seed,
@@ -94,7 +122,7 @@ def clone(cfg: RunConfig) -> Stage:
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW) if cfg.clone.self_evaluation_samples else {},
     }
-    inputs = {folder.name: folder / "trees.jsonl" for folder in shards} | _files(cfg)
+    inputs = {folder.name: folder / TREES for folder in shards} | _files(cfg)
     return Stage("clone", Path("traces"), inputs, settings, body)
 
 
@@ -264,31 +292,27 @@ def run_one(cfg: RunConfig, stage: Stage, redo: bool = False) -> None:
         print(f"{stage.label}: done already", file=sys.stderr)
 
 
-def shard_name(shard: int, num_shards: int) -> str:
-    """Folder of a search shard, for instance `shard-00003-of-00064`."""
-    if not 0 <= shard < num_shards:
-        raise ConfigError(f"--shard {shard}: must be from 0 to {num_shards - 1} with --num-shards {num_shards}")
-    return f"shard-{shard:05d}-of-{num_shards:05d}"
-
-
 def search_shards(cfg: RunConfig) -> list[Path]:
     """Folders of all shards of the search, finished or not; the one-shard search when none is there yet.
 
     Raises:
         ConfigError: shards of different splits lie side by side, or one is missing.
     """
-    folders = sorted(f for f in (cfg.run_dir / "search").glob("shard-?????-of-?????") if f.is_dir())
-    if not folders:
+    shards = find_shards(cfg.run_dir)
+    if shards is None:
         return [cfg.run_dir / "search" / shard_name(0, 1)]
-    totals = {folder.name[-5:] for folder in folders}
-    if len(totals) > 1:
+    if shards.missing:
         raise ConfigError(
-            f"{cfg.run_dir / 'search'}: shards of different splits ({', '.join(sorted(totals))}); move one set away"
+            f"{shards.search_dir}: {len(shards.present)} of {shards.num_shards} shards are there; run the others, "
+            f"for instance --shard {shards.missing[0]} --num-shards {shards.num_shards}"
         )
-    expected = int(totals.pop())
-    if len(folders) != expected:
-        raise ConfigError(f"{cfg.run_dir / 'search'}: {len(folders)} of {expected} shards are there; run the others")
-    return folders
+    return [shards.folder(shard) for shard in shards.present]
+
+
+def _refuse_unfinished(shards: Iterable[Path]) -> None:
+    for folder in shards:
+        if read_manifest(folder) is None:
+            raise ConfigError(f"{folder}: this search is not finished; `astro-hpc search` goes on with it")
 
 
 def _screened_benchmarks(cfg: RunConfig) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -25,21 +25,64 @@ from astro_hpc.run.files import Journal, Lock, read_jsonl
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 from astro_hpc.search.driver import search_problems
 from astro_hpc.search.mcts import SearchTools
-from astro_hpc.search.stage import gather, in_shard, read_trees, run, shard_of, training_problems
+from astro_hpc.search.shards import gather, in_shard, read_trees, shard_of
+from astro_hpc.search.stage import run, training_problems
 from astro_hpc.search.steps import StepCutter
 from astro_hpc.search.tree import Node, Tree
 from astro_hpc.verifier.pool import VerifierPool
 
-CHILD = """
-import sys
+# Imports once and then forks a search for each line, so that killing one costs milliseconds.
+ZYGOTE = """
+import os, sys
 from pathlib import Path
+import astro_hpc.inference.scripted
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.run.stage import StageContext
 from astro_hpc.search.stage import run
 
-cfg = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
-folder = Path(sys.argv[2])
-run(StageContext(cfg, folder, "search"), model_dir=Path("none"))
+for line in sys.stdin:
+    config, folder = line.split()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            cfg = RunConfig.model_validate_json(Path(config).read_text())
+            run(StageContext(cfg, Path(folder), "search"), model_dir=Path("none"))
+            code = 0
+        finally:
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+# Peak memory of a search and a gathering of as many trees as are asked for; problems are made one at a time.
+MEMORY = """
+import asyncio, json, os, resource, sys
+from pathlib import Path
+from astro_hpc.config.schema import SearchConfig, VerifierConfig
+from astro_hpc.inference.scripted import ScriptedEngine
+from astro_hpc.problems.problem import Problem
+from astro_hpc.problems.style import PromptStyle
+from astro_hpc.run.files import Journal
+from astro_hpc.search.driver import search_problems
+from astro_hpc.search.mcts import SearchTools
+from astro_hpc.search.shards import gather
+from astro_hpc.search.steps import StepCutter
+from astro_hpc.verifier.pool import VerifierPool
+
+count, run_dir = int(sys.argv[1]), Path(sys.argv[2])
+os.fsync = lambda descriptor: None
+engine = ScriptedEngine(lambda context, rng: "go on\\n\\\\boxed{1}", max_model_len=4096)
+style, folder = PromptStyle.load("minimal-chat"), run_dir / "search" / "shard-00000-of-00001"
+cfg = SearchConfig(num_iterations=2, num_expansions=1, num_rollouts=1)
+problems = (Problem(f"p/{i}", "x" * 2000, "1") for i in range(count))
+with VerifierPool(VerifierConfig()) as pool, Journal(folder / "trees.jsonl") as journal:
+    tools = SearchTools(engine, pool, style, StepCutter(engine.tokenizer, style.step_delimiter), cfg, seed=0)
+    asyncio.run(search_problems(problems, tools, 8, lambda tree: journal.append(tree.to_json())))
+searched = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = gather(run_dir, (Problem(f"p/{i}", "", "") for i in range(count)))
+gathered = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([report.statistics["trees"], report.path.stat().st_size, searched << 10, gathered << 10]))
 """
 
 
@@ -91,31 +134,42 @@ def test_every_problem_gets_its_tree_and_the_manifest_its_numbers(tmp_path):
     assert counts["problems"]["problems"] == 20
 
 
-def test_kill_9_at_any_moment_loses_no_finished_tree_and_doubles_none(tmp_path):
-    uninterrupted = search(make_config(tmp_path / "whole", 100, num_iterations=24, num_rollouts=4))
+def test_kill_9_at_20_random_moments_loses_no_finished_tree_and_doubles_none(tmp_path):
+    uninterrupted = search(make_config(tmp_path / "whole", 200))
     whole, total = trees_of(uninterrupted), _size(uninterrupted.dir / "trees.jsonl")
-    cfg = make_config(tmp_path / "killed", 100, num_iterations=24, num_rollouts=4)
+    cfg = make_config(tmp_path / "killed", 200)
     context = make_context(cfg)
     journal = context.dir / "trees.jsonl"
     (tmp_path / "config.json").write_text(cfg.model_dump_json())
     rng = random.Random(0)
     finished: dict[str, Tree] = {}
-    kills = 0
-    while True:
-        child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path / "config.json", context.dir])
-        size, grown = _size(journal), rng.randrange(1, total // 3)
-        while child.poll() is None and _size(journal) < size + grown:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.02)
-        child.send_signal(signal.SIGKILL)
-        if child.wait() == 0:
-            break
-        kills += 1
-        now = trees_of(context)
-        assert all(now[problem_id] == tree for problem_id, tree in finished.items())
-        finished = now
-    assert kills >= 3
+    kills = torn = 0
+    with subprocess.Popen(
+        [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as zygote:
+        while True:
+            print(tmp_path / "config.json", context.dir, file=zygote.stdin, flush=True)
+            child = int(zygote.stdout.readline())
+            if kills < 20:
+                enough = _size(journal) + rng.randrange(total // 40)
+                while _size(journal) < enough:
+                    time.sleep(0.001)
+                time.sleep(rng.random() * 0.02)
+                os.kill(child, signal.SIGKILL)
+            if (status := int(zygote.stdout.readline())) == 0:
+                break
+            assert status == signal.SIGKILL
+            kills += 1
+            now = trees_of(context)
+            assert all(now[problem_id] == tree for problem_id, tree in finished.items())
+            finished = now
+            if rng.random() < 0.5:  # as a machine that loses its power would leave it
+                torn += 1
+                with open(journal, "ab") as handle:
+                    handle.write(b'01234567 {"problem": {"id": "signs/')
+    assert (kills, torn > 3) == (20, True)
     assert trees_of(context) == whole
+    assert len(list(Journal.read(journal))) == 200
 
 
 def test_a_shard_in_use_is_refused(tmp_path):
@@ -197,7 +251,7 @@ def test_gather_merges_shards_and_names_holes_duplicates_and_strangers(tmp_path)
     report = gather(cfg.run_dir, wanted)
     merged = {row["problem"]["id"]: Tree.from_json(row) for row in read_jsonl(report.path)}
     assert merged == whole
-    assert (report.shards, report.holes, report.duplicates, report.strangers) == (3, [], [], [])
+    assert (report.num_shards, report.holes, report.duplicates, report.strangers) == (3, [], [], [])
     assert report.statistics["trees"] == 30
 
     path = cfg.run_dir / "search" / "shard-00001-of-00003" / "trees.jsonl"
@@ -218,21 +272,36 @@ def test_gather_merges_shards_and_names_holes_duplicates_and_strangers(tmp_path)
         gather(cfg.run_dir, wanted)
 
 
-def test_gathering_holds_one_tree_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    folder = tmp_path / "search" / "shard-00000-of-00001"
-    problems = [Problem(f"p/{i}", "x" * 100_000, "1") for i in range(300)]
-    with Journal(folder / "trees.jsonl") as journal:
-        for problem in problems:
-            journal.append(Tree(problem, [Node(0, None, 0, origin="root")]).to_json())
-    wanted = [Problem(problem.id, "", "") for problem in problems]
-    tracemalloc.start()
-    report = gather(tmp_path, wanted)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert report.statistics["trees"] == 300
-    assert report.path.stat().st_size > 30_000_000
-    assert peak < 4_000_000
+def test_gathering_says_what_is_missing_and_what_it_took(tmp_path):
+    cfg = make_config(tmp_path, 30)
+    wanted = training_problems(cfg).problems
+    with pytest.raises(ConfigError, match="no shards"):
+        gather(cfg.run_dir, wanted)
+    spent = [search(cfg, shard, 3).counts for shard in (0, 2)]
+    report = gather(cfg.run_dir, wanted)
+    assert (report.missing_shards, report.unfinished_shards, report.complete) == ([1], [0, 2], False)
+    assert report.holes == [p.id for p in wanted if shard_of(p.id, 3) == 1]
+    assert report.cost["search_seconds"] == pytest.approx(sum(counts["search_seconds"] for counts in spent), abs=0.01)
+    assert json.loads((cfg.run_dir / "search" / "gather.json").read_text()) == report.to_json()
+    text = "\n".join(report.lines())
+    assert "1 shards not begun: 1" in text
+    assert f"{len(report.holes)} problems without a tree: {report.holes[0]}" in text
+
+
+def test_the_memory_of_a_search_and_of_gathering_does_not_grow_with_the_trees(tmp_path):
+    """Only the ids of the wanted problems may: 200 bytes each."""
+
+    def measure(count: int) -> tuple[int, int, int]:
+        command = [sys.executable, "-c", MEMORY, str(count), str(tmp_path / str(count))]
+        trees, size, *peaks = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        assert trees == count
+        return size, *peaks
+
+    few_bytes, few_searched, few_gathered = measure(1000)
+    many_bytes, many_searched, many_gathered = measure(10_000)
+    assert many_bytes - few_bytes > 25e6
+    assert many_searched - few_searched < 2e6
+    assert many_gathered - few_gathered < 2e6 + 9000 * 200
 
 
 def _tools(engine: ScriptedEngine, verifier: VerifierPool, cfg) -> SearchTools:

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.run.stage import StageContext
-from astro_hpc.search.stage import read_trees, run
+from astro_hpc.search.shards import read_trees
+from astro_hpc.search.stage import run
 
 
 def test_a_search_on_vllm_keeps_the_tokens_it_sampled(smollm2: Path, tmp_path: Path):

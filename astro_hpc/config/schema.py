@@ -247,6 +247,14 @@ class SearchConfig(Section):
     """Trees that ask one engine for samples at the same time."""
 
 
+class EconomicsConfig(Section):
+    """What search buys (`astro-hpc search CONFIG --economics`): against best-of-N at equal tokens, and greedy."""
+
+    num_problems: PositiveInt | None = None
+    """Compare on this many of the searched problems, drawn by the run's seed. None: on all, which costs about as many
+    tokens as the search did."""
+
+
 class CloneConfig(Section):
     """Linearisation and procedure cloning (paper, sections 2.3 and 2.4)."""
 
@@ -377,6 +385,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     warmup: WarmupConfig = WarmupConfig()
     search: SearchConfig = SearchConfig()
+    economics: EconomicsConfig = EconomicsConfig()
     clone: CloneConfig = CloneConfig()
     sft: TrainingConfig = TrainingConfig()
     select: SelectConfig = SelectConfig()

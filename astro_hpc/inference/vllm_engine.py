@@ -212,6 +212,7 @@ class VLLMEngine:
         try:
             engine = _create(model_dir, cfg, seed)
             self._on_cpu = engine.vllm_config.device_config.device_type == "cpu"
+            self.stats.extra["num_gpus"] = 0 if self._on_cpu else cfg.tensor_parallel_size
             started.set_result(engine.renderer.tokenizer)
         except BaseException as error:
             started.set_exception(error)

@@ -257,7 +257,8 @@ def _journal_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(body):
                 yield offset, body
                 continue
-            if handle.read(1):
+            # Without its end it is the last line: torn, or being written right now.
+            if line.endswith(b"\n") and handle.read(1):
                 raise ConfigError(f"{path}:{number}: damaged line inside the journal; restore the file from a copy")
             return
 

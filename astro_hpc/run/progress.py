@@ -63,7 +63,8 @@ class Progress:
 
     def _note(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)
-        parts = [f"{(self.done - self._first) / elapsed:.2f} {self.unit}/s"]
+        rate = (self.done - self._first) / elapsed
+        parts = [f"{rate:.2f} {self.unit}/s" if rate >= 1 or not rate else f"{60 * rate:.1f} {self.unit}/min"]
         parts += [f"{name} {value}" for name, value in self._fields.items()]
         return ", ".join(parts)
 

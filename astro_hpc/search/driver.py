@@ -1,21 +1,35 @@
-"""Many trees on one engine: a bounded number in flight, none of them waiting for another."""
+"""Many problems on one engine: a bounded number in flight, none of them waiting for another."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.problems.problem import Problem
 from astro_hpc.search.mcts import SearchTools, search_tree
 from astro_hpc.search.tree import Tree
 
+
+class Identified(Protocol):
+    """Something with an id."""
+
+    @property
+    def id(self) -> str:
+        """Different for each."""
+        ...
+
+
+P = TypeVar("P", bound=Identified)
+T = TypeVar("T")
+
 _MAX_FAILURES_IN_A_ROW = 8
 _STOP_POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """The search was asked to stop; trees in flight are dropped."""
+    """Asked to stop; what is in flight is dropped."""
 
 
 async def search_problems(
@@ -25,33 +39,46 @@ async def search_problems(
     on_tree: Callable[[Tree], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Exception]:
-    """Build each problem's tree and hand it to `on_tree` as it is finished.
+    """Build each problem's tree and hand it to `on_tree` as it is finished; see `work_through`."""
+    return await work_through(
+        problems, lambda problem: search_tree(problem, tools), trees_in_flight, on_tree, should_stop
+    )
 
-    `trees_in_flight` coroutines take problems in order, so the engine's queue doesn't drain while any are left.
-    A tree that fails is dropped and the others go on; the search gives up when many fail in a row, because then
-    the engine has failed and not a tree.
+
+async def work_through(
+    problems: Iterable[P],
+    work: Callable[[P], Awaitable[T]],
+    in_flight: int,
+    on_result: Callable[[T], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Exception]:
+    """Do the work on each problem and hand its result to `on_result` as it is finished.
+
+    `in_flight` coroutines take problems in order, so the engine's queue doesn't drain while any are left.
+    A problem that fails is dropped and the others go on; all of it is given up when many fail in a row, because
+    then the engine has failed and not a problem.
 
     Args:
-        on_tree: called on the event loop's own worker thread, one call at a time: it may wait for the disk.
+        on_result: called on the event loop's own worker thread, one call at a time: it may wait for the disk.
 
     Returns:
-        The errors of failed trees by problem id.
+        The errors by problem id.
 
     Raises:
         Stopped: `should_stop()` became true.
-        ConfigError: a problem can't be searched with this configuration.
-        Exception: the last error, when trees kept failing; errors of `on_tree`.
+        ConfigError: a problem can't be worked on with this configuration.
+        Exception: the last error, when problems kept failing; errors of `on_result`.
     """
     queue = iter(problems)
     failures: dict[str, Exception] = {}
     failed_in_a_row = 0
     writing = asyncio.Lock()
 
-    async def work() -> None:
+    async def worker() -> None:
         nonlocal failed_in_a_row
         for problem in queue:
             try:
-                tree = await search_tree(problem, tools)
+                result = await work(problem)
             except Exception as error:
                 failures[problem.id] = _first(error)
                 failed_in_a_row += 1
@@ -60,7 +87,7 @@ async def search_problems(
             else:
                 failed_in_a_row = 0
                 async with writing:
-                    await asyncio.to_thread(on_tree, tree)
+                    await asyncio.to_thread(on_result, result)
 
     async def watch() -> None:
         while not should_stop():
@@ -70,7 +97,7 @@ async def search_problems(
     watcher = asyncio.create_task(watch())
     try:
         async with asyncio.TaskGroup() as group:
-            workers = [group.create_task(work()) for _ in range(trees_in_flight)]
+            workers = [group.create_task(worker()) for _ in range(in_flight)]
             await asyncio.wait([watcher, group.create_task(_all_done(workers))], return_when=asyncio.FIRST_COMPLETED)
             if watcher.done():
                 watcher.result()

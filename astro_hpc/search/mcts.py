@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,13 +14,10 @@ from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.seeds import derive_seed
 from astro_hpc.search.puct import backup, select_leaf, set_priors, step_mass
 from astro_hpc.search.steps import Step, StepCutter
-from astro_hpc.search.tree import Node, Tree
+from astro_hpc.search.tree import STATS, Node, Tree
 from astro_hpc.verifier.pool import Verdict
 
 T = TypeVar("T")
-
-STATS = ("requests", "generated_tokens", "rollouts", "rollout_tokens", "merged_steps", "unknown_verdicts")
-"""What `Tree.stats` counts; `merged_steps` are expansion samples that repeated a sibling."""
 
 _NO_ANSWER = Verdict("wrong", None, 0.0)
 _EMPTY_STEP = Step("", (), 0.0, False)
@@ -123,14 +120,14 @@ class _TreeSearch:
         numbers = range(self.cfg.num_expansions)
         # Built once and handed down: k + k * M requests start from here.
         context, solution = self._context(leaf), self._solution(leaf)
-        samples = await _all_of(self._sample(leaf, context, "step", i, self.cfg.max_step_tokens, stop) for i in numbers)
+        samples = await all_of(self._sample(leaf, context, "step", i, self.cfg.max_step_tokens, stop) for i in numbers)
         children: dict[int, Node] = {}
         for sample in samples:
             step = next(iter(self.tools.cutter.cut(sample)), _EMPTY_STEP)
             child = self._child(leaf, step, "expansion", solution)
             children[child.id] = child
         fresh = list(children.values())
-        rollouts_of = await _all_of(self._evaluate(node, context, solution) for node in fresh)
+        rollouts_of = await all_of(self._evaluate(node, context, solution) for node in fresh)
         # In the order of nodes and numbers, whatever came in first.
         for node, rollouts in zip(fresh, rollouts_of, strict=True):
             for rollout in rollouts:
@@ -150,7 +147,7 @@ class _TreeSearch:
             return []
         context = parent_context + node.token_ids
         missing = range(len(self.notes[node.id].returns), self.cfg.num_rollouts)
-        return await _all_of(self._roll_out(node, context, solution, number) for number in missing)
+        return await all_of(self._roll_out(node, context, solution, number) for number in missing)
 
     async def _roll_out(self, node: Node, context: tuple[int, ...], solution: str, number: int) -> _Rollout:
         """Let the model go on from `node` to the end, and judge where that leads."""
@@ -160,11 +157,10 @@ class _TreeSearch:
         self.stats["rollouts"] += 1
         self.stats["rollout_tokens"] += len(sample.token_ids)
         steps = self.tools.cutter.cut(sample)
-        for count, step in enumerate(steps, 1):
-            solution += step.text
-            if self._is_answered(solution):
-                return _Rollout(steps[:count], await self._verify(solution))
-        return _Rollout(steps, _NO_ANSWER)
+        answered = until_answered(steps, self.tools.style, solution)
+        if answered is None:
+            return _Rollout(steps, _NO_ANSWER)
+        return _Rollout(steps[: answered[0]], await self._verify(answered[1]))
 
     async def _sample(
         self, node: Node, context: tuple[int, ...], kind: str, number: int, max_tokens: int, stop: tuple[str, ...]
@@ -211,7 +207,7 @@ class _TreeSearch:
 
     def _classify(self, node: Node, solution: str, delimited: bool) -> None:
         """Mark a new node that ends its path; an answered one awaits its verdict."""
-        if self._is_answered(solution):
+        if _is_answered(solution, self.tools.style):
             node.terminal = True
         elif not delimited or not node.step.strip() or self.notes[node.id].length >= self.tools.engine.max_model_len:
             self._settle(node, _NO_ANSWER)
@@ -254,11 +250,25 @@ class _TreeSearch:
     def _solution(self, node: Node) -> str:
         return "".join(step.step for step in self.tree.path(node))
 
-    def _is_answered(self, solution: str) -> bool:
-        return self.tools.style.answer_marker in solution and self.tools.style.is_terminal(solution)
+
+def until_answered(steps: Sequence[Step], style: PromptStyle, solution: str = "") -> tuple[int, str] | None:
+    """How many steps it takes to the first complete final answer, and the text with them; None without an answer.
+
+    Args:
+        steps: they continue `solution`.
+    """
+    for count, step in enumerate(steps, 1):
+        solution += step.text
+        if _is_answered(solution, style):
+            return count, solution
+    return None
 
 
-async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+def _is_answered(solution: str, style: PromptStyle) -> bool:
+    return style.answer_marker in solution and style.is_terminal(solution)
+
+
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order. The first error cancels the rest, so nothing goes on behind a failed tree's back."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(coroutine) for coroutine in coroutines]

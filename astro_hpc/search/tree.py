@@ -8,6 +8,9 @@ from typing import Any
 
 from astro_hpc.problems.problem import Problem
 
+STATS = ("requests", "generated_tokens", "rollouts", "rollout_tokens", "merged_steps", "unknown_verdicts")
+"""What `Tree.stats` counts; `merged_steps` are expansion samples that repeated a sibling."""
+
 
 @dataclass
 class Node:

@@ -1,0 +1,178 @@
+"""Shards of one search: which problems each has, where they lie, and all of them put together. Needs no engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from astro_hpc.config.base import ConfigError
+from astro_hpc.problems.problem import Problem
+from astro_hpc.run.files import Journal, write_json_atomic, write_jsonl_atomic
+from astro_hpc.search.statistics import SearchCost, SearchStatistics
+from astro_hpc.search.tree import Tree
+
+TREES, ATTEMPTS = "trees.jsonl", "attempts.jsonl"
+"""Journals of a shard: its finished trees, and what each of its attempts cost."""
+
+
+def shard_of(problem_id: str, num_shards: int) -> int:
+    """Which shard a problem belongs to: a hash of its id, so that adding problems moves none."""
+    return int.from_bytes(hashlib.sha256(problem_id.encode()).digest()[:8], "big") % num_shards
+
+
+def in_shard(problems: Iterable[Problem], shard: int, num_shards: int) -> list[Problem]:
+    """The problems of one shard."""
+    return [problem for problem in problems if shard_of(problem.id, num_shards) == shard]
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """Folder of a shard, for instance `shard-00003-of-00064`."""
+    if not 0 <= shard < num_shards:
+        raise ConfigError(f"--shard {shard}: must be from 0 to {num_shards - 1} with --num-shards {num_shards}")
+    return f"shard-{shard:05d}-of-{num_shards:05d}"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of one search that have a folder.
+
+    Attributes:
+        search_dir: where they lie.
+        num_shards: into how many the problems are split.
+        present: their numbers, in order.
+    """
+
+    search_dir: Path
+    num_shards: int
+    present: tuple[int, ...]
+
+    @property
+    def missing(self) -> list[int]:
+        """Shards that nobody has begun."""
+        return sorted(set(range(self.num_shards)) - set(self.present))
+
+    def folder(self, shard: int) -> Path:
+        """A shard's folder."""
+        return self.search_dir / shard_name(shard, self.num_shards)
+
+
+def find_shards(run_dir: Path) -> Shards | None:
+    """The shards of a run's search, finished or not; None when there is none.
+
+    Raises:
+        ConfigError: shards of different splits lie side by side.
+    """
+    search_dir = run_dir / "search"
+    names = [folder.name for folder in search_dir.glob("shard-?????-of-?????") if folder.is_dir()]
+    splits = sorted({int(name[-5:]) for name in names})
+    if len(splits) > 1:
+        raise ConfigError(
+            f"{search_dir}: shards of different splits ({', '.join(map(str, splits))}); move the stale ones away"
+        )
+    return Shards(search_dir, splits[0], tuple(sorted(int(name[6:11]) for name in names))) if splits else None
+
+
+def read_trees(path: Path) -> Iterator[Tree]:
+    """The finished trees of a shard's journal, one at a time."""
+    for row in Journal.read(path):
+        yield Tree.from_json(row)
+
+
+@dataclass
+class GatherReport:
+    """What `gather` found.
+
+    Attributes:
+        path: the merged trees, plain JSON Lines.
+        num_shards: into how many shards the problems are split.
+        missing_shards: those that nobody has begun.
+        unfinished_shards: begun, and not finished yet.
+        statistics: of the merged trees.
+        cost: what all attempts that ended in order took together.
+        holes: ids of problems without a tree.
+        duplicates: ids that came up again; the first tree is kept.
+        strangers: ids of trees whose problem isn't wanted, or which lie in another shard than they should; left out.
+    """
+
+    path: Path
+    num_shards: int
+    missing_shards: list[int] = field(default_factory=list)
+    unfinished_shards: list[int] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    holes: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Every problem has its tree."""
+        return not self.holes
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json` and reports."""
+        return {**vars(self), "path": str(self.path), "complete": self.complete}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        trees, solved = self.statistics["trees"], self.statistics["valid_trees"]
+        lines = [f"{trees} trees of {self.num_shards} shards in {self.path}; {solved} hold a right answer"]
+        findings: dict[str, Sequence[object]] = {
+            "shards not begun": self.missing_shards,
+            "shards not finished": self.unfinished_shards,
+            "problems without a tree": self.holes,
+            "trees that came twice (the first is kept)": self.duplicates,
+            "trees of other problems or in the wrong shard (left out)": self.strangers,
+        }
+        for what, found in findings.items():
+            if found:
+                shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+                lines.append(f"{len(found)} {what}: {shown}")
+        return lines
+
+
+def gather(run_dir: Path, wanted: Iterable[Problem]) -> GatherReport:
+    """Merge all shards' journals into `search/trees.jsonl`, and say what is missing in `search/gather.json`.
+
+    Finished and running shards alike: a running one simply has holes yet. One tree is in memory at a time; besides
+    it, only the ids of the wanted problems are.
+
+    Args:
+        wanted: the problems that should have a tree.
+
+    Raises:
+        ConfigError: there are no shards, shards of different splits, or a damaged journal.
+    """
+    shards = find_shards(run_dir)
+    if shards is None:
+        raise ConfigError(f"{run_dir / 'search'}: no shards; run `astro-hpc search` first")
+    report = GatherReport(shards.search_dir / TREES, shards.num_shards, missing_shards=shards.missing)
+    statistics, cost = SearchStatistics(), SearchCost()
+    missing = {problem.id: True for problem in wanted}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for shard in shards.present:
+            folder = shards.folder(shard)
+            if not (folder / "manifest.json").exists():
+                report.unfinished_shards.append(shard)
+            for attempt in Journal.read(folder / ATTEMPTS):
+                cost.add(attempt)
+            for row in Journal.read(folder / TREES):
+                problem_id = row["problem"]["id"]
+                if problem_id not in missing or shard_of(problem_id, shards.num_shards) != shard:
+                    report.strangers.append(problem_id)
+                elif not missing[problem_id]:
+                    report.duplicates.append(problem_id)
+                else:
+                    missing[problem_id] = False
+                    statistics.add(Tree.from_json(row))
+                    yield row
+
+    write_jsonl_atomic(report.path, rows())
+    report.holes = [problem_id for problem_id, absent in missing.items() if absent]
+    report.statistics, report.cost = statistics.to_json(), cost.to_json()
+    write_json_atomic(shards.search_dir / "gather.json", report.to_json())
+    return report
