@@ -48,6 +48,13 @@ def test_overrides_are_typed_and_nested():
     assert cfg.model.path == "/a/b"
 
 
+def test_the_papers_search():
+    """8 next steps, 16 rollouts, 32 iterations, 50 steps deep; nothing of ours changes its tree."""
+    search = load_config(ROOT / "configs" / "llama3.1-70b.yaml").search
+    assert (search.num_expansions, search.num_rollouts, search.num_iterations, search.max_depth) == (8, 16, 32, 50)
+    assert not search.keep_rollouts
+
+
 def test_base_is_overridden_key_by_key(tmp_path):
     (tmp_path / "a.yaml").write_text(f"base: {DEMO}\nname: mine\nsearch: {{num_iterations: 9}}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\nsearch: {c_puct: 2}\n")

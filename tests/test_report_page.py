@@ -15,11 +15,12 @@ import astro_hpc.inference
 from astro_hpc.cloning import stage as cloning
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.evaluation import stage as evaluation
+from astro_hpc.evaluation.economics import METHODS, summarize
 from astro_hpc.problems.sources import load_source
 from astro_hpc.report.charts import _running_mean
 from astro_hpc.report.page import _lineage, build_page
 from astro_hpc.report.tree_svg import tree_svg
-from astro_hpc.run.files import Journal
+from astro_hpc.run.files import Journal, write_json_atomic
 from astro_hpc.run.metrics import MetricsLog
 from astro_hpc.run.stage import Stage, run_stage
 
@@ -205,6 +206,19 @@ def test_a_begun_stage_and_many_shards(whole_run, tmp_path):
     visible = "".join(page.text)
     assert "search, 8 shards" in visible
     assert "7 of 8 done" in visible
+
+
+def test_search_economics_are_shown_where_they_were_asked_for(whole_run, tmp_path):
+    shutil.copytree(whole_run.run_dir, tmp_path / "demo")
+    cfg = whole_run.model_copy(update={"runs_dir": tmp_path})
+    result = {"solved": True, "seen": True, "majority": False, "right_solutions": 2, "tokens": 1234, "samples": 3}
+    rows = [dict.fromkeys(METHODS, result), dict.fromkeys(METHODS, result)]
+    write_json_atomic(cfg.run_dir / "search" / "economics" / "economics.json", summarize(rows))
+    _, page = parse(build_page(cfg))
+    visible = "".join(page.text)
+    assert "What the search buys: 2 problems" in visible
+    assert "1,234" in visible
+    assert "solved, search minus best-of-N at the same tokens: +0.0 percentage points" in visible
 
 
 def test_lineage_ticks_only_what_matches(whole_run):

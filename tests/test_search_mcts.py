@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from astro_hpc.config.schema import SearchConfig, VerifierConfig
-from astro_hpc.inference.engine import Sample
+from astro_hpc.inference.engine import Sample, SampleRequest
 from astro_hpc.inference.scripted import CharTokenizer, ScriptedEngine, numbered_steps
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
@@ -40,9 +40,11 @@ def verifier() -> Iterator[VerifierPool]:
 def build(verifier) -> Callable[..., list[Tree]]:
     """Searches problems with some settings changed; trees in the problems' order."""
 
-    def build(script=numbered_steps, problems=PROBLEMS, in_flight=4, engine=None, **settings) -> list[Tree]:
+    def build(
+        script=numbered_steps, problems=PROBLEMS, in_flight=4, engine=None, style="minimal-chat", **settings
+    ) -> list[Tree]:
         engine = engine or ScriptedEngine(script, max_model_len=2048)
-        style = PromptStyle.load("minimal-chat")
+        style = PromptStyle.load(style)
         cutter = StepCutter(engine.tokenizer, style.step_delimiter)
         tools = SearchTools(engine, verifier, style, cutter, CFG.model_copy(update=settings), seed=1)
         trees: dict[str, Tree] = {}
@@ -90,6 +92,64 @@ def test_what_holds_in_every_tree(build, keep, merge, prior):
                 assert node.outcome == ("right" if answer == tree.problem.answer else "wrong")
                 assert node.answer == answer
     assert any(tree.solved for tree in trees)
+
+
+def test_a_whole_search_worked_out_by_hand(build):
+    """k = 2, M = 2, c = 1, depth 3; a step's mass is given, so that P(a) = .75, P(b) = .25, and .5 below.
+
+    Iteration 1 expands the root: R(a) = 1/2, R(b) = 0. 2: a (1.25 beats .25) is expanded: t is right, R(c) = 1.
+    3: a (1.03, .35), then t (1.5 each, the first). 4: a (1.18, .43), then c (1.71 beats 1.35), which is expanded: w is
+    wrong, R(d) = 1/2. 5: a (1.21, .5), then t (1.43 each). 6: a (1.21, .56), c (1.5 beats 1.33), d (1 beats .5), which
+    is as deep as it may be and only backs up.
+    """
+    told = {  # solution so far: ((next step, its mass) ...), rollouts
+        "": ((("a\n", 0.6), ("b\n", 0.2)), ()),
+        "a\n": ((("\\boxed{7}", 0.3), ("c\n", 0.3)), ("\\boxed{7}", "\\boxed{1}")),
+        "b\n": ((), ("\\boxed{1}", "e\n\\boxed{2}")),
+        "a\nc\n": ((("\\boxed{1}", 0.1), ("d\n", 0.1)), ("\\boxed{7}", "f\n\\boxed{7}")),
+        "a\nc\nd\n": ((), ("\\boxed{7}", "no idea")),
+    }
+
+    class Told(ScriptedEngine):
+        async def generate(self, request: SampleRequest) -> Sample:
+            solution = self.tokenizer.decode(request.prompt_token_ids).rpartition("assistant\n")[2]
+            steps, rollouts = (iter(replies) for replies in replies_of[solution])
+            text, mass = next(steps) if "\n" in request.stop else (next(rollouts), 1.0)
+            replies_of[solution] = (list(steps), list(rollouts))
+            tokens = tuple(self.tokenizer.encode(text))
+            return Sample(tokens, (math.log(mass),) * len(tokens), text, "stop")
+
+    replies_of = {solution: (list(steps), list(rollouts)) for solution, (steps, rollouts) in told.items()}
+    settings = {"num_expansions": 2, "num_rollouts": 2, "num_iterations": 6, "max_depth": 3, "c_puct": 1.0}
+    tree = build(problems=[Problem("p", "?", "7")], engine=Told(max_model_len=2048), **settings)[0]
+    figures = {node.step: (node.visits, node.edge_visits, node.q, node.reward, node.prior) for node in tree.nodes}
+    assert tree.root.visits == 6
+    expected = {
+        1: ("a\n", 5, (1 * 2 + 0.75 * 2 + 0.5) / 5, 0.5, 0.75),
+        2: ("b\n", 0, 0.0, 0.0, 0.25),
+        3: ("\\boxed{7}", 2, 1.0, 1.0, 0.5),
+        4: ("c\n", 2, (0.5 * 1 + 1.0) / 2, 1.0, 0.5),
+        5: ("\\boxed{1}", 0, 0.0, 0.0, 0.5),
+        6: ("d\n", 1, 0.5, 0.5, 0.5),
+    }
+    assert len(figures) == len(tree.nodes) == 1 + len(expected)
+    for node_id, (step, visits, q, reward, prior) in expected.items():
+        assert tree.nodes[node_id].step == step
+        assert figures[step] == (visits, visits, pytest.approx(q), reward, pytest.approx(prior))
+    assert not any(steps or rollouts for steps, rollouts in replies_of.values())  # all were asked for, once
+
+
+@pytest.mark.parametrize("name", [*PromptStyle.names(), "own"])
+def test_a_prompt_style_is_a_file_and_needs_no_code(build, tmp_path, name):
+    path = tmp_path / "own.yaml"
+    path.write_text('prompt: "Q: {problem} A:"\nstep_delimiter: " ; "\nstop: ["Q:"]\n')
+    style = PromptStyle.load(name if name != "own" else str(path))
+    step = "## Step 1: add\nthe two" + style.step_delimiter if style.step_delimiter == "\n\n" else "go on"
+    text = step.removesuffix(style.step_delimiter) + style.step_delimiter
+    script = lambda context, rng: (text if rng.random() < 0.7 else "") + "\\boxed{5}"  # noqa: E731
+    tree = build(script, [Problem("p", "2 + 3", "5")], style=str(path) if name == "own" else name)[0]
+    assert {node.step for node in tree.nodes[1:]} == {text, "\\boxed{5}"}
+    assert tree.solved
 
 
 def test_priors_follow_the_samples_of_a_step(build):

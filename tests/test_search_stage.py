@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from astro_hpc.cli import app
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.inference.engine import Sample, SampleRequest
 from astro_hpc.inference.scripted import ScriptedEngine
+from astro_hpc.pipeline import search_shards
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, Lock, read_jsonl
@@ -57,7 +62,7 @@ for line in sys.stdin:
 
 # Peak memory of a search and a gathering of as many trees as are asked for; problems are made one at a time.
 MEMORY = """
-import asyncio, json, os, resource, sys
+import asyncio, json, os, sys
 from pathlib import Path
 from astro_hpc.config.schema import SearchConfig, VerifierConfig
 from astro_hpc.inference.scripted import ScriptedEngine
@@ -70,6 +75,10 @@ from astro_hpc.search.shards import gather
 from astro_hpc.search.steps import StepCutter
 from astro_hpc.verifier.pool import VerifierPool
 
+def peak() -> int:
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's pages before the exec
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
 count, run_dir = int(sys.argv[1]), Path(sys.argv[2])
 os.fsync = lambda descriptor: None
 engine = ScriptedEngine(lambda context, rng: "go on\\n\\\\boxed{1}", max_model_len=4096)
@@ -79,10 +88,9 @@ problems = (Problem(f"p/{i}", "x" * 2000, "1") for i in range(count))
 with VerifierPool(VerifierConfig()) as pool, Journal(folder / "trees.jsonl") as journal:
     tools = SearchTools(engine, pool, style, StepCutter(engine.tokenizer, style.step_delimiter), cfg, seed=0)
     asyncio.run(search_problems(problems, tools, 8, lambda tree: journal.append(tree.to_json())))
-searched = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+searched = peak()
 report = gather(run_dir, (Problem(f"p/{i}", "", "") for i in range(count)))
-gathered = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([report.statistics["trees"], report.path.stat().st_size, searched << 10, gathered << 10]))
+print(json.dumps([report.statistics["trees"], report.path.stat().st_size, searched, peak()]))
 """
 
 
@@ -132,6 +140,12 @@ def test_every_problem_gets_its_tree_and_the_manifest_its_numbers(tmp_path):
     terminals = [node for tree in trees.values() for node in tree.terminals()]
     assert counts["terminals_right"] + counts["terminals_wrong"] == len(terminals)
     assert counts["problems"]["problems"] == 20
+    assert counts["max_depth"] == max(node.depth for tree in trees.values() for node in tree.nodes)
+    assert counts["search_seconds_per_tree"] == pytest.approx(counts["search_seconds"] / 20, abs=1e-3)
+    assert counts["cpu_seconds"] > 0
+    assert counts["gpu_seconds"] == 0
+    assert 0 < counts["mean_branching"] <= 4 + 2 * 4
+    assert search(cfg).counts == counts  # from the journals alone, where nothing is left to do
 
 
 def test_kill_9_at_20_random_moments_loses_no_finished_tree_and_doubles_none(tmp_path):
@@ -286,6 +300,31 @@ def test_gathering_says_what_is_missing_and_what_it_took(tmp_path):
     text = "\n".join(report.lines())
     assert "1 shards not begun: 1" in text
     assert f"{len(report.holes)} problems without a tree: {report.holes[0]}" in text
+
+
+def test_gather_and_a_missing_shard_on_the_command_line(tmp_path):
+    cfg = make_config(tmp_path, 12)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    search(cfg, 0, 2)
+    with pytest.raises(ConfigError, match="1 of 2 shards are there; run the others, for instance --shard 1"):
+        search_shards(cfg)
+    result = CliRunner().invoke(app, ["search", str(config), "--gather"])
+    assert result.exit_code == 1
+    assert "1 shards not begun: 1" in result.stdout
+    search(cfg, 1, 2)
+    result = CliRunner().invoke(app, ["search", str(config), "--gather", "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["statistics"]["trees"] == 12
+    assert [folder.name for folder in search_shards(cfg)] == ["shard-00000-of-00002", "shard-00001-of-00002"]
+
+
+def test_progress_shows_rates_solved_trees_and_time_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("astro_hpc.run.progress._LOG_EVERY_SECONDS", 0.0)
+    search(make_config(tmp_path, 20))
+    lines = [line for line in capsys.readouterr().err.splitlines() if re.search(r": \d+/20 trees", line)]
+    assert any(re.search(r"trees/(s|min), .*solved \d+ \(\d+%\).*left\)", line) for line in lines)
+    assert any(re.search(r"tokens [\d,]+/s", line) for line in lines)
 
 
 def test_the_memory_of_a_search_and_of_gathering_does_not_grow_with_the_trees(tmp_path):

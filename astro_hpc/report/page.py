@@ -13,6 +13,7 @@ from typing import Any
 from astro_hpc.cloning.phrases import Phrases
 from astro_hpc.cloning.verbalize import replay
 from astro_hpc.config.schema import RunConfig
+from astro_hpc.evaluation import economics
 from astro_hpc.evaluation.table import benchmarks_of, percent, read_summary, table_columns, table_rows, training_minutes
 from astro_hpc.report.charts import plotly_script, result_chart, training_charts
 from astro_hpc.report.status import run_status
@@ -57,6 +58,7 @@ def build_page(cfg: RunConfig) -> Path:
         curves=curves,
         last_metrics=_last_metrics(cfg),
         filters=_filters(cfg),
+        economics=_economics(cfg),
         trace=_trace(cfg),
         responses=_responses(cfg, summary),
         lineage=_lineage(cfg),
@@ -183,6 +185,18 @@ def _filters(cfg: RunConfig) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def _economics(cfg: RunConfig) -> dict[str, Any] | None:
+    summary = economics.read_economics(cfg)
+    if summary is None:
+        return None
+    return {
+        **summary,
+        "columns": economics.COLUMNS,
+        "rows": economics.table_rows(summary),
+        "sentences": economics.sentences(summary),
+    }
+
+
 # --- a tree and its trace -------------------------------------------------------------------------------------
 
 
@@ -207,7 +221,7 @@ def _trace(cfg: RunConfig) -> dict[str, Any] | None:
 
 
 def _find_tree(cfg: RunConfig, problem_id: str) -> dict[str, Any] | None:
-    for journal in sorted((cfg.run_dir / "search").glob("shard-*/trees.jsonl")):
+    for journal in sorted((cfg.run_dir / "search").glob("shard-?????-of-?????/trees.jsonl")):
         for tree in Journal.read(journal):
             if tree["problem"]["id"] == problem_id:
                 return tree
