@@ -95,8 +95,9 @@ def search(
 ) -> None:
     """Monte-Carlo tree search over the training problems; one shard, or all of them.
 
-    A problem's shard is a hash of its id, so adding problems moves none. Any number of shards may run at the same
-    time; one that is killed goes on with the same command and loses the trees in flight alone.
+    A problem's shard is a hash of its id, so adding problems moves none; after it, --redo searches the new ones and
+    takes over the trees of those that stayed, as long as nothing else has changed. Any number of shards may run at
+    the same time; one that is killed goes on with the same command and loses the trees in flight alone.
 
     --gather merges the trees of all shards, finished or running, into search/trees.jsonl and writes what it found
     (shards and problems missing, duplicates, statistics) to search/gather.json; exit code 1 while problems lack their

@@ -17,7 +17,7 @@ from typing import Any
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
 from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
-from astro_hpc.search.shards import TREES, GatherReport, find_shards, gather, shard_name
+from astro_hpc.search.shards import TREES, GatherReport, earlier_trees, find_shards, gather, shard_name
 
 # How a stage is carried out, not what it makes: free to change between attempts.
 _INFERENCE_ONLY_HOW = {"max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"}
@@ -52,14 +52,31 @@ def warmup(cfg: RunConfig) -> Stage:
 
 
 def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
-    """Monte-Carlo tree search over the training problems."""
+    """Monte-Carlo tree search over the training problems.
+
+    Raises:
+        ConfigError: there is no such shard, or the search is split otherwise already.
+    """
     name = shard_name(shard, num_shards)
+    begun = find_shards(cfg.run_dir)
+    if begun is not None and begun.num_shards != num_shards:
+        raise ConfigError(
+            f"{begun.search_dir}: this search is split into {begun.num_shards} already; go on with "
+            f"--num-shards {begun.num_shards}, or move its shards away"
+        )
     benchmarks = _screened_benchmarks(cfg)
+    sources = _source_files([*cfg.problems.train, *benchmarks])
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.search.stage import run
 
-        return run(ctx, model_dir=policy_model(cfg), shard=shard, num_shards=num_shards)
+        return run(
+            ctx,
+            model_dir=policy_model(cfg),
+            shard=shard,
+            num_shards=num_shards,
+            earlier=earlier_trees(ctx.dir, {"problems", "benchmarks"}, set(sources)),
+        )
 
     settings = {
         "seed": cfg.seed,
@@ -71,7 +88,7 @@ def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
         "search": _dump(cfg.search, {"trees_in_flight"}),
         "shard": [shard, num_shards],
     }
-    inputs = {"model": policy_model(cfg)} | _files(cfg, [*cfg.problems.train, *benchmarks])
+    inputs = {"model": policy_model(cfg)} | _files(cfg) | sources
     return Stage(f"search/{name}", Path("search") / name, inputs, settings, body)
 
 
@@ -322,9 +339,12 @@ def _screened_benchmarks(cfg: RunConfig) -> list[Any]:
 
 def _files(cfg: RunConfig, sources: Iterable[Any] = ()) -> dict[str, Path]:
     """Data files that decide a stage's result: problems, and a prompt style or phrases of the user's own."""
-    paths = [source.path for source in sources if source.type == "jsonl"]
-    paths += [Path(name) for name in (cfg.model.prompt_style, cfg.clone.phrases) if name.endswith((".yaml", ".yml"))]
-    return {str(path): path for path in paths}
+    paths = [Path(name) for name in (cfg.model.prompt_style, cfg.clone.phrases) if name.endswith((".yaml", ".yml"))]
+    return _source_files(sources) | {str(path): path for path in paths}
+
+
+def _source_files(sources: Iterable[Any]) -> dict[str, Path]:
+    return {str(source.path): source.path for source in sources if source.type == "jsonl"}
 
 
 def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.inference.engine import Sample, SampleRequest
 from astro_hpc.inference.scripted import ScriptedEngine
-from astro_hpc.pipeline import search_shards
+from astro_hpc.pipeline import run_one, search_shards
+from astro_hpc.pipeline import search as pipeline_search
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, Lock, read_jsonl
@@ -34,7 +35,7 @@ from astro_hpc.search.shards import gather, in_shard, read_trees, shard_of
 from astro_hpc.search.stage import run, training_problems
 from astro_hpc.search.steps import StepCutter
 from astro_hpc.search.tree import Node, Tree
-from astro_hpc.verifier.pool import VerifierPool
+from astro_hpc.verifier.pool import Verdict, VerifierPool
 
 # Imports once and then forks a search for each line, so that killing one costs milliseconds.
 ZYGOTE = """
@@ -234,6 +235,41 @@ def test_a_failing_tree_does_not_take_others_with_it():
             asyncio.run(search_problems(all_broken, tools, 4, found.append))
 
 
+@pytest.mark.parametrize("slow", ["sample", "verdict"])
+def test_a_slow_sample_or_verdict_holds_back_its_own_tree_alone(slow):
+    """The first tree's are held until every other tree is finished: with a barrier anywhere this would never end."""
+    others_done = asyncio.Event()
+
+    class Engine(ScriptedEngine):
+        async def generate(self, request: SampleRequest) -> Sample:
+            if slow == "sample" and "problem 0" in self.tokenizer.decode(request.prompt_token_ids):
+                await others_done.wait()
+            return await super().generate(request)
+
+    class Verifier:
+        async def averify(self, problem: Problem, text: str) -> Verdict:
+            if slow == "verdict" and problem.id == "p/0":
+                await others_done.wait()
+            return pool.verify(problem, text)
+
+    def keep(tree: Tree) -> None:
+        order.append(tree.problem.id)
+        if len(order) == 11:
+            loop.call_soon_threadsafe(others_done.set)
+
+    async def search_all() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        tools = _tools(Engine(max_model_len=1024), Verifier(), cfg.search)
+        await asyncio.wait_for(search_problems(problems, tools, 3, keep), 60)
+
+    cfg, order, loop = make_config(Path("unused")), [], None
+    problems = [Problem(f"p/{i}", f"problem {i};", "1") for i in range(12)]
+    with VerifierPool(cfg.verifier) as pool:
+        asyncio.run(search_all())
+    assert order[-1] == "p/0"
+
+
 def test_an_error_while_writing_ends_the_search():
     def full(tree: Tree) -> None:
         raise OSError("disk full")
@@ -254,6 +290,29 @@ def test_shards_split_all_problems_and_adding_problems_moves_none(tmp_path):
     empty = 1 - shard_of(problems[0].id, 2)
     with pytest.raises(ConfigError, match="no problems"):
         run(make_context(make_config(tmp_path, 1)), model_dir=Path("none"), shard=empty, num_shards=2)
+
+
+def test_after_adding_problems_redo_keeps_the_trees_of_those_that_stayed(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr("astro_hpc.pipeline.base_model", lambda cfg: tmp_path / "model")
+    few, more = make_config(tmp_path, 20), make_config(tmp_path, 30)
+    for shard in range(2):
+        run_one(few, pipeline_search(few, shard, 2))
+    with pytest.raises(ConfigError, match="split into 2 already; go on with --num-shards 2"):
+        pipeline_search(few, 0, 3)
+    folder = few.run_dir / "search" / "shard-00000-of-00002"
+    before = {tree.problem.id: tree for tree in read_trees(folder / "trees.jsonl")}
+    with pytest.raises(ConfigError, match="--redo"):
+        run_one(more, pipeline_search(more, 0, 2))
+    run_one(more, pipeline_search(more, 0, 2), redo=True)
+    after = {tree.problem.id: tree for tree in read_trees(folder / "trees.jsonl")}
+    assert after.keys() == {p.id for p in in_shard(training_problems(more).problems, 0, 2)} > before.keys()
+    assert {problem_id: after[problem_id] for problem_id in before} == before
+    assert sum(attempt["trees"] for attempt in Journal.read(folder / "attempts.jsonl")) == len(after) - len(before)
+
+    deeper = make_config(tmp_path, 30, num_iterations=7)  # other trees: all are built anew
+    run_one(deeper, pipeline_search(deeper, 0, 2), redo=True)
+    assert sum(attempt["trees"] for attempt in Journal.read(folder / "attempts.jsonl")) == len(after)
 
 
 def test_gather_merges_shards_and_names_holes_duplicates_and_strangers(tmp_path):

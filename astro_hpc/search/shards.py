@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,30 @@ def find_shards(run_dir: Path) -> Shards | None:
             f"{search_dir}: shards of different splits ({', '.join(map(str, splits))}); move the stale ones away"
         )
     return Shards(search_dir, splits[0], tuple(sorted(int(name[6:11]) for name in names))) if splits else None
+
+
+def earlier_trees(folder: Path, other_settings: set[str], other_inputs: set[str]) -> list[Path]:
+    """Journals of this shard that `--redo` has set aside and whose trees are as this search would build them.
+
+    A tree depends on its problem and not on the others: where the problems alone have changed, finished trees stay.
+
+    Args:
+        folder: the shard's, its `state.json` written.
+        other_settings: settings that may differ.
+        other_inputs: inputs that may differ.
+    """
+
+    def rest(facts: dict[str, Any]) -> list[Any]:
+        settings = {key: value for key, value in facts["settings_values"].items() if key not in other_settings}
+        return [settings, {key: value for key, value in facts["inputs"].items() if key not in other_inputs}]
+
+    wanted = json.loads((folder / "state.json").read_text())
+    found = []
+    for aside in sorted(folder.parent.glob(f"{folder.name}.old-*")):
+        state = aside / "state.json"
+        if state.exists() and rest(json.loads(state.read_text())) == rest(wanted):
+            found.append(aside / TREES)
+    return found
 
 
 def read_trees(path: Path) -> Iterator[Tree]:

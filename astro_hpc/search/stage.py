@@ -26,12 +26,21 @@ from astro_hpc.search.tree import Tree
 from astro_hpc.verifier.pool import VerifierPool
 
 
-def run(ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int = 1) -> list[Path]:
+def run(
+    ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int = 1, earlier: Sequence[Path] = ()
+) -> list[Path]:
     """Search the shard's problems; trees that the journal holds already are kept.
 
     `trees.jsonl` is a `Journal`: one finished tree (`Tree.to_json`) a line, durable before the next. A killed
     shard loses the trees in flight and nothing else. `attempts.jsonl` holds what each attempt took that ended in
     order, by itself or when asked to stop.
+
+    Args:
+        ctx: the stage's context.
+        model_dir: the policy's Hugging Face folder.
+        shard: which one, from 0.
+        num_shards: into how many the problems are split.
+        earlier: journals of an earlier search whose trees may be taken over, where their problem is still wanted.
 
     Raises:
         ConfigError: another process is at this shard, or no problem falls into it.
@@ -56,6 +65,15 @@ def run(ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int =
             statistics.add(tree)
         if finished:
             ctx.say(f"{len(finished)} trees are in the journal already")
+        taken_over, wanted = 0, {problem.id: problem for problem in problems if problem.id not in finished}
+        for tree in (tree for journaled in earlier for tree in read_trees(journaled)):
+            if tree.problem == wanted.pop(tree.problem.id, None):
+                journal.append(tree.to_json())
+                finished.add(tree.problem.id)
+                statistics.add(tree)
+                taken_over += 1
+        if taken_over:
+            ctx.say(f"{taken_over} trees are taken over from the search that was set aside")
         missing = [problem for problem in problems if problem.id not in finished]
         if missing:
             _search(ctx, missing, model_dir, journal, statistics)
