@@ -5,8 +5,8 @@
     python tools/bench_search.py --only engine              with vLLM
 
 With vLLM, each with an empty prefix cache:
-  search        tokens generated a second with `--in-flight` trees; the tail, when no problem is left to begin and
-                the batch runs empty, is also reported by itself
+  search        tokens generated a second with `--in-flight` trees, all of it and without the tail: the time at the
+                end when too few requests are left to fill the batch
   bare          the same requests (prompt, length, temperature, seed, log-probabilities) given to the same vLLM all at
                 once, the end of the sequence ignored
   barest        as bare, without seeds and log-probabilities, which a search can't do without
@@ -26,7 +26,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,16 +79,24 @@ def main() -> None:
 class Recorder:
     """Passes requests on and remembers them in their order, each with its generated length."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, full: int) -> None:
+        """`full`: requests that fill the engine's batch."""
+        self.engine, self._full = engine, full
         self.tokenizer, self.stats, self.max_model_len = engine.tokenizer, engine.stats, engine.max_model_len
         self.made: list[tuple[SampleRequest, int]] = []
+        self._running = 0
+        self.last_full = (time.perf_counter(), 0)
+        """When the batch was full for the last time, and the tokens of what had ended by then."""
 
     async def generate(self, request: SampleRequest) -> Sample:
         number = len(self.made)
         self.made.append((request, 0))
+        self._running += 1
         sample = await self.engine.generate(request)
         self.made[number] = (request, len(sample.token_ids))
+        if self._running >= self._full:
+            self.last_full = (time.perf_counter(), sum(length for _, length in self.made))
+        self._running -= 1
         return sample
 
 
@@ -115,38 +123,6 @@ class LockStep:
         return sample
 
 
-class Clock:
-    """Rates of one search: over all of it, and up to the moment when the last problem is begun."""
-
-    def __init__(self, stats: EngineStats, problems: Sequence[Problem]) -> None:
-        self._stats, self._problems = stats, problems
-        self._started, self._first = time.perf_counter(), replace(stats)
-        self._last_begun: tuple[float, int] | None = None
-
-    def problems(self) -> Iterator[Problem]:
-        """The problems; notes when none is left to begin."""
-        yield from self._problems
-        self._last_begun = (time.perf_counter(), self._stats.generated_tokens)
-
-    def stop(self) -> dict[str, float]:
-        """Seconds, tokens and rates."""
-        now, stats, first = time.perf_counter(), self._stats, self._first
-        assert self._last_begun is not None
-        seconds, tokens = now - self._started, stats.generated_tokens - first.generated_tokens
-        tail_seconds, tail_tokens = now - self._last_begun[0], stats.generated_tokens - self._last_begun[1]
-        return {
-            "seconds": seconds,
-            "tokens": tokens,
-            "rate": tokens / seconds,
-            "tail seconds": tail_seconds,
-            "tail rate": tail_tokens / tail_seconds,
-            "full rate": (tokens - tail_tokens) / max(seconds - tail_seconds, 1e-9),
-            "busy": (stats.busy_seconds - first.busy_seconds) / seconds,
-            "cached": (stats.cached_prompt_tokens - first.cached_prompt_tokens)
-            / max(stats.prompt_tokens - first.prompt_tokens, 1),
-        }
-
-
 def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of the search and of what it is held against, and the ratios."""
     cfg = SearchConfig(
@@ -165,13 +141,22 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
 
         def search(client: Any, problems: Sequence[Problem], in_flight: int) -> dict[str, float]:
             engine._call(lambda vllm: vllm.reset_prefix_cache())
-            clock = Clock(engine.stats, problems)
-            _search(client, verifier, arguments.style, cfg, clock.problems(), in_flight)
-            return clock.stop()
+            first, started = replace(engine.stats), time.perf_counter()
+            _search(client, verifier, arguments.style, cfg, problems, in_flight)
+            seconds, stats = time.perf_counter() - started, engine.stats
+            return {
+                "started": started,
+                "seconds": seconds,
+                "rate": (stats.generated_tokens - first.generated_tokens) / seconds,
+                "busy": (stats.busy_seconds - first.busy_seconds) / seconds,
+                "cached": (stats.cached_prompt_tokens - first.cached_prompt_tokens)
+                / max(stats.prompt_tokens - first.prompt_tokens, 1),
+            }
 
         search(engine, problems[:2], 2)  # whatever is done once
-        recorder = Recorder(engine)
+        recorder = Recorder(engine, arguments.max_num_seqs)
         searched = search(recorder, problems, cfg.trees_in_flight)
+        until_tail, tokens_until_tail = recorder.last_full[0] - searched["started"], recorder.last_full[1]
         bare = _bare_rate(engine, recorder.made, same_parameters=True)
         barest = _bare_rate(engine, recorder.made, same_parameters=False)
         some = problems[: arguments.slow_trees]
@@ -182,19 +167,19 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
         "trees": len(problems),
         "trees in flight": cfg.trees_in_flight,
         "requests": len(recorder.made),
-        "generated tokens": searched["tokens"],
+        "generated tokens": sum(length for _, length in recorder.made),
         "search: seconds": searched["seconds"],
-        "search: tail seconds": searched["tail seconds"],
+        "search: seconds of tail": searched["seconds"] - until_tail,
         "search: engine busy": searched["busy"],
         "search: prompt tokens cached": searched["cached"],
         "search tokens/s": searched["rate"],
-        "search tokens/s before the tail": searched["full rate"],
-        "search tokens/s in the tail": searched["tail rate"],
+        "search tokens/s before the tail": tokens_until_tail / until_tail,
         "bare tokens/s": bare,
         "barest tokens/s": barest,
         "lockstep tokens/s": lockstep["rate"],
         "tree by tree tokens/s": by_tree["rate"],
         "search / bare": searched["rate"] / bare,
+        "search before the tail / bare": tokens_until_tail / until_tail / bare,
         "search / barest": searched["rate"] / barest,
         "search / lockstep": searched["rate"] / lockstep["rate"],
         "search / tree by tree": searched["rate"] / by_tree["rate"],
