@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--driver-trees", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.node()}"}
+    result: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}"}
     if arguments.only != "engine":
         result |= bench_driver(arguments)
     if arguments.only != "driver":
@@ -84,7 +84,7 @@ class Recorder:
         self.engine, self._full = engine, full
         self.tokenizer, self.stats, self.max_model_len = engine.tokenizer, engine.stats, engine.max_model_len
         self.made: list[tuple[SampleRequest, int]] = []
-        self._running = 0
+        self._running = self._ended_tokens = 0
         self.last_full = (time.perf_counter(), 0)
         """When the batch was full for the last time, and the tokens of what had ended by then."""
 
@@ -94,8 +94,9 @@ class Recorder:
         self._running += 1
         sample = await self.engine.generate(request)
         self.made[number] = (request, len(sample.token_ids))
+        self._ended_tokens += len(sample.token_ids)
         if self._running >= self._full:
-            self.last_full = (time.perf_counter(), sum(length for _, length in self.made))
+            self.last_full = (time.perf_counter(), self._ended_tokens)
         self._running -= 1
         return sample
 
