@@ -1,6 +1,6 @@
 """How busy the search keeps its engine, as ratios in one run on one machine.
 
-    python tools/bench_search.py [--trees 72] [--json]      everything, about 6 minutes on two cores
+    python tools/bench_search.py [--trees 96] [--json]      everything, about 6 minutes on two cores
     python tools/bench_search.py --only driver              the search's own work, seconds
     python tools/bench_search.py --only engine              with vLLM
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["engine", "driver"])
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="folder, or the embedded model")
     parser.add_argument("--style", default="fewshot-raw", help="one whose format the model keeps")
-    parser.add_argument("--trees", type=int, default=72, help="trees of the search; more make the tail shorter")
+    parser.add_argument("--trees", type=int, default=96, help="trees of the search; more make the tail shorter")
     parser.add_argument("--slow-trees", type=int, default=24, help="trees of the lockstep driver; an eighth: by tree")
     parser.add_argument("--in-flight", type=int, default=SearchConfig().trees_in_flight)
     parser.add_argument("--max-num-seqs", type=int, default=64)
@@ -85,7 +85,7 @@ class Recorder:
         self.tokenizer, self.stats, self.max_model_len = engine.tokenizer, engine.stats, engine.max_model_len
         self.made: list[tuple[SampleRequest, int]] = []
         self._running = self._ended_tokens = 0
-        self.last_full = (time.perf_counter(), 0)
+        self.last_full: tuple[float, int] | None = None
         """When the batch was full for the last time, and the tokens of what had ended by then."""
 
     async def generate(self, request: SampleRequest) -> Sample:
@@ -131,8 +131,8 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
         num_expansions=4,
         num_rollouts=2,
         keep_rollouts=True,
-        max_step_tokens=16,
-        max_rollout_tokens=40,
+        max_step_tokens=48,
+        max_rollout_tokens=96,
         trees_in_flight=arguments.in_flight,
     )
     inference = InferenceConfig(max_model_len=512, max_num_seqs=arguments.max_num_seqs, cpu_kv_cache_gb=1.0)
@@ -157,6 +157,8 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
         search(engine, problems[:2], 2)  # whatever is done once
         recorder = Recorder(engine, arguments.max_num_seqs)
         searched = search(recorder, problems, cfg.trees_in_flight)
+        if recorder.last_full is None:
+            raise SystemExit(f"{arguments.trees} trees never fill the engine's batch; give it more with --trees")
         until_tail, tokens_until_tail = recorder.last_full[0] - searched["started"], recorder.last_full[1]
         bare = _bare_rate(engine, recorder.made, same_parameters=True)
         barest = _bare_rate(engine, recorder.made, same_parameters=False)
