@@ -1,6 +1,6 @@
 """How busy the search keeps its engine, as ratios in one run on one machine.
 
-    python tools/bench_search.py [--trees 96] [--json]      everything, about 6 minutes on two cores
+    python tools/bench_search.py [--trees 64] [--json]      everything, about 6 minutes on two cores
     python tools/bench_search.py --only driver              the search's own work, seconds
     python tools/bench_search.py --only engine              with vLLM
 
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["engine", "driver"])
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="folder, or the embedded model")
     parser.add_argument("--style", default="fewshot-raw", help="one whose format the model keeps")
-    parser.add_argument("--trees", type=int, default=96, help="trees of the search; more make the tail shorter")
-    parser.add_argument("--slow-trees", type=int, default=24, help="trees of the lockstep driver; an eighth: by tree")
+    parser.add_argument("--trees", type=int, default=64, help="trees of the search; more make the tail shorter")
+    parser.add_argument("--slow-trees", type=int, default=16, help="trees of the lockstep driver; an eighth: by tree")
     parser.add_argument("--in-flight", type=int, default=SearchConfig().trees_in_flight)
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--driver-trees", type=int, default=512)
+    parser.add_argument("--driver-trees", type=int, default=320)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, {platform.machine()}"}
@@ -263,7 +263,7 @@ def bench_driver(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
-    cfg = SearchConfig(num_iterations=16)
+    cfg = SearchConfig(num_iterations=8)
     engine = InstantEngine(
         AutoTokenizer.from_pretrained(resolve_model(arguments.model)), PromptStyle.load(arguments.style)
     )

@@ -38,6 +38,7 @@ from astro_hpc.search.tree import Tree
 from astro_hpc.verifier.pool import VerifierPool
 
 METHODS = ("search", "best-of-n", "greedy")
+_NAMES = {"solved": "solved", "seen": "right seen", "majority": "majority"}
 _Z95 = 1.959964
 _MAX_WAVE = 64
 """Solutions of one problem that are drawn at the same time."""
@@ -317,6 +318,12 @@ def read_economics(cfg: RunConfig) -> dict[str, Any] | None:
 COLUMNS = ("method", "tokens/problem", "solved %", "right seen %", "majority %", "solved/Mtoken", "solutions/Mtoken")
 
 
+LEGEND = (
+    "solved: some solution is right (in the tree); right seen: counts right rollouts that the tree does not hold; "
+    "majority: the answer that most give; solutions: right ones of different texts"
+)
+
+
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row a method, in the order of `COLUMNS`; ± is half of the 95 % interval."""
     rows = []
@@ -338,7 +345,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
         if row["minus"] == "best-of-n":
             clear = "" if row["low"] > 0 or row["high"] < 0 else ": no clear difference"
             texts.append(
-                f"{row['of']}, search minus best-of-N at the same tokens: {100 * row['value']:+.1f} percentage points "
+                f"{_NAMES[row['of']]}, search minus best-of-N at the same tokens: {100 * row['value']:+.1f} percentage points "
                 f"(95 % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f}){clear}."
             )
     return texts
@@ -355,4 +362,4 @@ def table(summary: Mapping[str, Any]) -> str:
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    return "\n".join([*lines, *sentences(summary)])
+    return "\n".join([*lines, LEGEND, *sentences(summary)])

@@ -193,6 +193,7 @@ def _economics(cfg: RunConfig) -> dict[str, Any] | None:
         **summary,
         "columns": economics.COLUMNS,
         "rows": economics.table_rows(summary),
+        "legend": economics.LEGEND,
         "sentences": economics.sentences(summary),
     }
 
