@@ -345,8 +345,8 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
         if row["minus"] == "best-of-n":
             clear = "" if row["low"] > 0 or row["high"] < 0 else ": no clear difference"
             texts.append(
-                f"{_NAMES[row['of']]}, search minus best-of-N at the same tokens: {100 * row['value']:+.1f} percentage points "
-                f"(95 % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f}){clear}."
+                f"{_NAMES[row['of']]}, search minus best-of-N at the same tokens: {100 * row['value']:+.1f} percentage "
+                f"points (95 % interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f}){clear}."
             )
     return texts
 
