@@ -85,7 +85,7 @@ os.fsync = lambda descriptor: None
 engine = ScriptedEngine(lambda context, rng: "go on\\n\\\\boxed{1}", max_model_len=4096)
 style, folder = PromptStyle.load("minimal-chat"), run_dir / "search" / "shard-00000-of-00001"
 cfg = SearchConfig(num_iterations=2, num_expansions=1, num_rollouts=1)
-problems = (Problem(f"p/{i}", "x" * 2000, "1") for i in range(count))
+problems = (Problem(f"p/{i}", "?", "1", metadata={"long": "x" * 2500}) for i in range(count))
 with VerifierPool(VerifierConfig()) as pool, Journal(folder / "trees.jsonl") as journal:
     tools = SearchTools(engine, pool, style, StepCutter(engine.tokenizer, style.step_delimiter), cfg, seed=0)
     asyncio.run(search_problems(problems, tools, 8, lambda tree: journal.append(tree.to_json())))
@@ -166,10 +166,13 @@ def test_kill_9_at_20_random_moments_loses_no_finished_tree_and_doubles_none(tmp
             print(tmp_path / "config.json", context.dir, file=zygote.stdin, flush=True)
             child = int(zygote.stdout.readline())
             if kills < 20:
-                enough = _size(journal) + rng.randrange(total // 40)
+                enough = _size(journal) + rng.randrange(total // 40) + (kills == 0)
                 while _size(journal) < enough:
                     time.sleep(0.001)
                 time.sleep(rng.random() * 0.02)
+                if kills == 0:
+                    with pytest.raises(ConfigError, match=f"in use by process {child} "):
+                        run(context, model_dir=Path("none"))
                 os.kill(child, signal.SIGKILL)
             if (status := int(zygote.stdout.readline())) == 0:
                 break

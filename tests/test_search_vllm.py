@@ -7,7 +7,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from astro_hpc.config.schema import RunConfig
+from astro_hpc.config.schema import InferenceConfig, RunConfig
+from astro_hpc.inference.engine import SampleRequest
+from astro_hpc.inference.vllm_engine import VLLMEngine
 from astro_hpc.run.stage import StageContext
 from astro_hpc.search.shards import read_trees
 from astro_hpc.search.stage import run
@@ -52,3 +54,17 @@ def test_a_search_on_vllm_keeps_the_tokens_it_sampled(smollm2: Path, tmp_path: P
     assert any(node.answer is not None for tree in trees for node in tree.nodes)
     assert context.counts["cache_hit_rate"] > 0.5
     assert context.counts["tokens"] > 0
+
+
+def test_many_long_seeded_prompts_at_once(tiny_llama: Path):
+    """More prompt tokens than one step of the engine takes: each prompt is still computed in one piece."""
+    cfg = InferenceConfig(max_model_len=512, max_num_seqs=32, cpu_kv_cache_gb=0.25, cpu_threads=1, dtype="float32")
+    prompts = [tuple(range(100 + i, 400 + i)) for i in range(24)]
+    requests = [SampleRequest(prompt, 4, seed=i) for i, prompt in enumerate(prompts)]
+    engine = VLLMEngine(tiny_llama, cfg)
+    try:
+        together = engine.generate_many(requests)
+        alone = [engine.generate_many([request])[0] for request in requests[:8]]
+    finally:
+        engine.close()
+    assert [sample.token_ids for sample in together[:8]] == [sample.token_ids for sample in alone]

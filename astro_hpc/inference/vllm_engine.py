@@ -442,6 +442,8 @@ def _create(model_dir: Path, cfg: InferenceConfig, seed: int) -> Any:
     if on_cpu:
         if cfg.quantization is not None:
             raise ConfigError(f"inference.quantization={cfg.quantization} needs an NVIDIA GPU; remove it")
+        # A prompt in two parts makes vLLM 0.32 turn a seeded request's generator back, which CPU generators can't.
+        settings |= {"enable_chunked_prefill": False}
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": int(cfg.cpu_kv_cache_gb * 2**30)}
         if cfg.dtype == "auto" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
             settings["dtype"] = "float32"  # bfloat16 without its instructions is several times slower
