@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from astro_hpc.cli import app
 from astro_hpc.config.base import ConfigError
-from astro_hpc.config.schema import RunConfig
+from astro_hpc.config.schema import ProblemsConfig, RunConfig
 from astro_hpc.inference.engine import Sample, SampleRequest
 from astro_hpc.inference.scripted import ScriptedEngine
 from astro_hpc.pipeline import run_one, search_shards
@@ -290,9 +290,14 @@ def test_shards_split_all_problems_and_adding_problems_moves_none(tmp_path):
     assert min(map(len, shards)) > 40
     fewer = in_shard(problems[:100], 2, 4)
     assert fewer == [p for p in shards[2] if p in problems[:100]]
-    empty = 1 - shard_of(problems[0].id, 2)
-    with pytest.raises(ConfigError, match="no problems"):
-        run(make_context(make_config(tmp_path, 1)), model_dir=Path("none"), shard=empty, num_shards=2)
+    cfg = make_config(tmp_path, 1)
+    only = shard_of(problems[0].id, 2)
+    for shard in range(2):
+        assert search(cfg, shard, 2).counts["trees"] == (shard == only)
+    assert gather(cfg.run_dir, training_problems(cfg).problems).complete
+    nothing = cfg.model_copy(update={"problems": ProblemsConfig(train=[])})
+    with pytest.raises(ConfigError, match="no problem to search"):
+        run(make_context(nothing), model_dir=Path("none"))
 
 
 def test_after_adding_problems_redo_keeps_the_trees_of_those_that_stayed(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def run(
         earlier: journals of an earlier search whose trees may be taken over, where their problem is still wanted.
 
     Raises:
-        ConfigError: another process is at this shard, or no problem falls into it.
+        ConfigError: another process is at this shard, or there are no problems.
         CheckpointedExit: the stage was asked to stop; finished trees are in the journal.
         RuntimeError: some trees failed; the others are in the journal and the next attempt redoes those.
     """
@@ -54,8 +54,10 @@ def run(
     if loaded.overlaps:
         ctx.say(f"{len(loaded.overlaps)} problems dropped because they resemble a benchmark's")
     problems = in_shard(loaded.problems, shard, num_shards)
-    if not problems:
-        raise ConfigError(f"shard {shard} of {num_shards} has no problems; use fewer shards or more problems")
+    if not loaded.problems:
+        raise ConfigError("problems.train gives no problem to search; see what became of its rows above")
+    if not problems:  # a hash leaves some of many shards empty: nothing to do, and nothing wrong
+        ctx.say(f"none of the {len(loaded.problems)} problems falls into shard {shard} of {num_shards}")
     path = ctx.dir / TREES
     statistics, cost = SearchStatistics(), SearchCost()
     with Lock(ctx.dir / ".trees.lock"), Journal(path) as journal:
