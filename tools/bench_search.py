@@ -1,6 +1,6 @@
 """How busy the search keeps its engine, as ratios in one run on one machine.
 
-    python tools/bench_search.py [--trees 64] [--json]      everything, about 6 minutes on two cores
+    python tools/bench_search.py [--trees 48] [--json]      everything, about 6 minutes on two cores
     python tools/bench_search.py --only driver              the search's own work, seconds
     python tools/bench_search.py --only engine              with vLLM
 
@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import random
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -54,8 +55,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["engine", "driver"])
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="folder, or the embedded model")
     parser.add_argument("--style", default="fewshot-raw", help="one whose format the model keeps")
-    parser.add_argument("--trees", type=int, default=64, help="trees of the search; more make the tail shorter")
-    parser.add_argument("--slow-trees", type=int, default=16, help="trees of the lockstep driver; an eighth: by tree")
+    parser.add_argument("--trees", type=int, default=48, help="trees of the search; more make the tail shorter")
+    parser.add_argument("--slow-trees", type=int, default=12, help="trees of the lockstep driver; a quarter: by tree")
     parser.add_argument("--in-flight", type=int, default=SearchConfig().trees_in_flight)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--driver-trees", type=int, default=320)
@@ -145,6 +146,7 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
             first, started = replace(engine.stats), time.perf_counter()
             _search(client, verifier, arguments.style, cfg, problems, in_flight)
             seconds, stats = time.perf_counter() - started, engine.stats
+            _say(f"{type(client).__name__} with {len(problems)} trees took {seconds:.0f} s")
             return {
                 "started": started,
                 "seconds": seconds,
@@ -164,7 +166,7 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
         barest = _bare_rate(engine, recorder.made, same_parameters=False)
         some = problems[: arguments.slow_trees]
         lockstep = search(LockStep(engine), some, cfg.trees_in_flight)
-        by_tree = search(LockStep(engine), problems[: max(2, arguments.slow_trees // 8)], 1)
+        by_tree = search(LockStep(engine), problems[: max(2, arguments.slow_trees // 4)], 1)
     engine.close()
     return {
         "trees": len(problems),
@@ -215,9 +217,14 @@ def _bare_rate(engine: VLLMEngine, made: Sequence[tuple[SampleRequest, int]], sa
         while vllm.has_unfinished_requests():
             tokens += sum(len(output.outputs[0].token_ids) for output in vllm.step() if output.finished)
         assert tokens == sum(length for _, length in made)
+        _say(f"bare vLLM, {'same' if same_parameters else 'fewest'} parameters: {time.perf_counter() - started:.0f} s")
         return tokens / (time.perf_counter() - started)
 
     return engine._call(run)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 # --- the driver alone -----------------------------------------------------------------------------------------
