@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--slow-trees", type=int, default=12, help="trees of the lockstep driver; a quarter: by tree")
     parser.add_argument("--in-flight", type=int, default=SearchConfig().trees_in_flight)
     parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--cpu-threads", type=int, help="of the engine on a CPU; all cores by default")
     parser.add_argument("--driver-trees", type=int, default=320)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -136,7 +137,12 @@ def bench_engine(arguments: argparse.Namespace) -> dict[str, Any]:
         max_rollout_tokens=96,
         trees_in_flight=arguments.in_flight,
     )
-    inference = InferenceConfig(max_model_len=512, max_num_seqs=arguments.max_num_seqs, cpu_kv_cache_gb=1.0)
+    inference = InferenceConfig(
+        max_model_len=512,
+        max_num_seqs=arguments.max_num_seqs,
+        cpu_kv_cache_gb=1.0,
+        cpu_threads=arguments.cpu_threads,
+    )
     problems = load_source(SignsSource(count=arguments.trees))
     engine = VLLMEngine(resolve_model(arguments.model), inference, seed=0)
     with VerifierPool(VerifierConfig()) as verifier:
