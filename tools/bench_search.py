@@ -276,7 +276,7 @@ def bench_driver(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
-    cfg = SearchConfig(num_iterations=8)
+    cfg = SearchConfig(num_iterations=2)
     engine = InstantEngine(
         AutoTokenizer.from_pretrained(resolve_model(arguments.model)), PromptStyle.load(arguments.style)
     )
