@@ -28,7 +28,35 @@ _SCIENTIFIC = re.compile(
 _LETTER = re.compile(r"[A-Za-z]")
 _TEXT = re.compile(r"[A-Za-z][A-Za-z .,'()-]*")
 _LONG_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{4,}")
-_BASED = re.compile(r"([0-9A-Z]+)_(\d+)")
+_BASED = re.compile(r"([0-9A-Z]+)_(?:(\d+)|\{(\d+)\})")
+_CHOICE = re.compile(
+    r"\(\s*([A-J])\s*\)\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*\(?([A-J])\)?"
+)
+_CHOICES = frozenset("ABCDEFGHIJ")
+_NUMBER_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[a-z]{3})", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 
@@ -63,12 +91,26 @@ def compare_normalized(
     if not answer:
         return False
     refuse_costly(answer)
+    if (same := _compare_choices(gold, answer)) is not None:
+        return same
 
     def scalars(a: str, b: str) -> bool | None:
         equal = compare_scalars(a, b, policy)
         return hard(a, b) if equal is None else equal
 
     return compare(_parse_cached(gold), parse(answer), scalars)
+
+
+def _compare_choices(gold: str, answer: str) -> bool | None:
+    """By the letter, where one names a choice with its text, `(A) 5`, and the other the letter; None otherwise."""
+    letters = [match and (match[1] or match[3] or match[5]) for match in map(_CHOICE.fullmatch, (gold, answer))]
+    if not any(letters):
+        return None
+    gold_letter, answer_letter = (
+        letter or (text.strip("() ") if text.strip("() ") in _CHOICES else None)
+        for letter, text in zip(letters, (gold, answer), strict=True)
+    )
+    return gold_letter == answer_letter if gold_letter and answer_letter else None
 
 
 def compare_scalars(gold: str, answer: str, policy: AnswerPolicy) -> bool | None:
@@ -125,17 +167,25 @@ def number(text: str) -> Fraction | None:
         if len(exponent) > 5 or abs(int(exponent)) > _MAX_EXPONENT:
             return None
         return Fraction(match[1]) * Fraction(10) ** int(exponent)
+    if text.isalpha() and (word := text.lower()) in _NUMBER_WORDS:
+        return Fraction(_NUMBER_WORDS.index(word))
     return None
 
 
 def _compare_words(gold: str, answer: str) -> bool | None:
     """Words, choices, numbers in a base, times and ratios; None for anything that may be mathematics."""
-    gold_based, answer_based = _BASED.fullmatch(gold.replace(" ", "")), _BASED.fullmatch(answer.replace(" ", ""))
-    if gold_based and gold_based[1][0].isdigit() and (answer_based or number(answer) is not None):
-        return bool(answer_based) and gold_based.groups() == answer_based.groups()  # type: ignore[union-attr]
-    for pattern in (_TIME, _RATIO):
-        if pattern.fullmatch(gold) and pattern.fullmatch(answer):
-            return _colon_parts(gold) == _colon_parts(answer)
+    gold_based, answer_based = _based(gold), _based(answer)
+    if gold_based or answer_based:
+        if gold_based and answer_based:
+            return gold_based == answer_based
+        digits, base = gold_based or answer_based or ("", "")
+        if (value := number(answer if gold_based else gold)) is not None:
+            return base == "10" and number(digits) == value
+    if _TIME.fullmatch(gold) and _TIME.fullmatch(answer):
+        return _colon_parts(gold) == _colon_parts(answer)
+    if _RATIO.fullmatch(gold) and _RATIO.fullmatch(answer):
+        return _same_ratio(_colon_parts(gold), _colon_parts(answer))
+    gold, answer = _ARTICLE.sub("", gold), _ARTICLE.sub("", answer)
     gold_text, answer_text = _is_text(gold), _is_text(answer)
     if gold_text and answer_text:
         if len(gold_text) > 1 and gold_text.casefold() == answer_text.casefold():
@@ -147,6 +197,21 @@ def _compare_words(gold: str, answer: str) -> bool | None:
     ):
         return False
     return None
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    """(digits, base) of a number written with its base, as in 1011_2; None for anything else, x_1 for instance."""
+    match = _BASED.fullmatch(text.replace(" ", ""))
+    return (match[1], match[2] or match[3]) if match and match[1][0].isdigit() else None
+
+
+def _same_ratio(gold: list[int], answer: list[int]) -> bool:
+    """Proportional; what a ratio of 0 means is left to the spelling."""
+    if len(gold) != len(answer):
+        return False
+    if 0 in gold or 0 in answer:
+        return gold == answer
+    return len({Fraction(a, b) for a, b in zip(gold, answer, strict=True)}) == 1
 
 
 def _is_text(text: str) -> str:

@@ -16,9 +16,10 @@ _MAX_PARTS = 64
 
 @dataclass(frozen=True)
 class Scalar:
-    """A single value, as text."""
+    """A single value, as text; `listed` where 60,120 may be two values as well as one with a separator."""
 
     text: str
+    listed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,20 @@ _WORD_SEPARATOR = re.compile(
     r"(?:,\s*)?(?:(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|(?<=[\d)\]}])(?:and|or)(?=[\d(\[\\A-Za-z-]))"
 )
 _MATRIX = re.compile(r"^\\begin\{(\w*matrix\*?|cases|array|aligned)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_OUTWARD = re.compile(r"^(?:(?=\])|(?=.*\[$))([\[\]])([^\[\]]+,[^\[\]]+)([\[\]])$")  # ]0,1[
 _NAME = re.compile(
     r"^(?:[A-Z]{2,4}"  # AB, a segment
     r"|\\?[A-Za-z]+(?:_\w+|_\{[^{}]*\})?'*(?:\s*\(\s*[\w\\, +-]{1,12}\s*\))?"  # x, x_1, f(x)
-    r"|\\(?:angle|overline|triangle)\s*\{?[A-Z]{1,4}\}?"
+    r"|[A-Za-z]\^\{-1\}\s*\(\s*\w\s*\)"  # f^{-1}(x)
+    r"|\\frac\{d\w?\}\{d\w\}|\\det\s*\(?\s*[A-Z]\s*\)?"
+    r"|(?:m\s*)?\\(?:angle|overline|triangle)\s*\{?[A-Z]{1,4}\}?"
     r"|\(\s*\w+(?:\s*,\s*\w+)+\s*\)"  # (x, y)
     r"|\w+(?:_\w+)?\s*:\s*\w+(?:_\w+)?)$"  # V_1 : V_2
 )
+_SUCH_THAT = {"\\mid", "|", ":"}
+_MEMBER = re.compile(r"\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*$")
+FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+"""The same relation read from the right."""
 _RELATIONS = {"<", ">", "\\le", "\\ge", "\\ne"}
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
 _COMMA_DECIMAL = re.compile(r"([+-]?\d+),(\d{2,})|([+-]?0),(\d)")
@@ -111,7 +119,7 @@ def parse(text: str, depth: int = 0) -> Value:
         raise TooCostlyError("nested too deeply")
     text = _unwrapped(text.strip())
     if _GROUPED.fullmatch(text):
-        return Scalar(text.replace(",", ""))
+        return Scalar(text.replace(",", ""), tuple(text.split(",")))
     if _COMMA_DECIMAL.fullmatch(text):
         whole, decimals = text.split(",")
         return Bag((Scalar(whole), Scalar(decimals)), decimal=f"{whole}.{decimals}")
@@ -136,6 +144,9 @@ def _parse_single(text: str, tokens: list[str], depth: int) -> Value:
         return relation
     if len(pieces := _split(tokens, {"\\cup"})) > 1:
         return Union(tuple(parse(piece, depth + 1) for piece in pieces))
+    if outward := _OUTWARD.match(text):
+        opening, closing = "(" if outward[1] == "]" else "[", ")" if outward[3] == "[" else "]"
+        return parse(f"{opening}{outward[2]}{closing}", depth + 1)
     if (matrix := _MATRIX.match(text)) and _is_one_environment(tokens):
         return _matrix(matrix[1], matrix[2], depth)
     if tokens and (inner := _enclosed(tokens)) is not None:
@@ -242,8 +253,10 @@ def _grouped(opening: str, inner: list[str], closing: str, text: str, depth: int
     if len(parts) > _MAX_PARTS:
         raise TooCostlyError("too many parts")
     if opening in _PAIRS and opening != "\\langle":
-        if _PAIRS[opening] != closing or any(t in ("\\mid", "|", ":") for t in inner):
+        if _PAIRS[opening] != closing:
             return Scalar(text)
+        if any(t in _SUCH_THAT for t in inner):
+            return _set_builder(inner, depth) or Scalar(text)
         return _bag([parse(part, depth + 1) for part in parts], braces=True)
     if opening.startswith("\\l") and opening != "\\langle":
         return Scalar(text)
@@ -252,6 +265,35 @@ def _grouped(opening: str, inner: list[str], closing: str, text: str, depth: int
         return Group("[", "]", (parse(parts[0], depth + 1),)) if single else Scalar(text)
     opening, closing = ("(", ")") if opening == "\\langle" else (opening, closing)
     return Group(opening, closing, tuple(parse(part, depth + 1) for part in parts))
+
+
+def _set_builder(inner: list[str], depth: int) -> Value | None:
+    r"""`\{x : 2 < x \le 5\}` as the interval; None for any other condition."""
+    name, *conditions = _split(inner, _SUCH_THAT)
+    name = _MEMBER.sub("", name).strip()
+    if len(conditions) != 1 or not is_name(name):
+        return None
+    condition = parse(conditions[0], depth + 1)
+    return interval(condition) if isinstance(condition, Inequality) and name in condition.parts else None
+
+
+def interval(inequality: Inequality) -> Group | None:
+    """The set of a variable's values, where the inequality bounds one variable by itself."""
+    parts, relations = inequality.parts, inequality.relations
+    if all(relation in (">", "\\ge") for relation in relations):
+        parts, relations = parts[::-1], tuple(FLIPPED[relation] for relation in relations[::-1])
+    if not all(relation in ("<", "\\le") for relation in relations):
+        return None
+    if len(parts) == 3 and is_name(parts[1]):
+        low, high = parts[0], parts[2]
+        brackets = ("(" if relations[0] == "<" else "[", ")" if relations[1] == "<" else "]")
+    elif len(parts) == 2 and is_name(parts[0]):
+        low, high, brackets = "-\\infty", parts[1], ("(", ")" if relations[0] == "<" else "]")
+    elif len(parts) == 2 and is_name(parts[1]):
+        low, high, brackets = parts[0], "\\infty", ("(" if relations[0] == "<" else "[", ")")
+    else:
+        return None
+    return Group(*brackets, (Scalar(low), Scalar(high)))
 
 
 def _bag(parts: list[Value], *, braces: bool) -> Value:
