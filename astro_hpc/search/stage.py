@@ -14,8 +14,9 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import ProblemSource, RunConfig
 from astro_hpc.inference import make_engine
 from astro_hpc.inference.engine import Engine
+from astro_hpc.problems.account import LoadedProblems
 from astro_hpc.problems.problem import Problem
-from astro_hpc.problems.sources import LoadedProblems, load_source, read_sources
+from astro_hpc.problems.sources import load_source, read_sources
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, Lock, write_jsonl_atomic
 from astro_hpc.run.stage import CheckpointedExit, StageContext
@@ -31,7 +32,7 @@ def run(ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int =
     """Search the shard's problems; trees that the journal holds already are kept.
 
     `trees.jsonl` is a `Journal`: one finished tree (`Tree.to_json`) a line, durable before the next. A killed
-    shard loses the trees in flight and nothing else.
+    shard loses the trees in flight and nothing else. `problems.json` says what became of every source's rows.
 
     Raises:
         ConfigError: another process is at this shard, or no problem falls into it.
@@ -40,10 +41,8 @@ def run(ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int =
     """
     cfg = ctx.cfg
     loaded = training_problems(cfg)
-    for report in loaded.reports:
-        ctx.say(str(report))
-    if loaded.overlaps:
-        ctx.say(f"{len(loaded.overlaps)} problems dropped because they resemble a benchmark's")
+    report = ctx.dir / "problems.json"
+    loaded.report(report, ctx.say)
     problems = in_shard(loaded.problems, shard, num_shards)
     if not problems:
         raise ConfigError(f"shard {shard} of {num_shards} has no problems; use fewer shards or more problems")
@@ -59,20 +58,22 @@ def run(ctx: StageContext, *, model_dir: Path, shard: int = 0, num_shards: int =
         missing = [problem for problem in problems if problem.id not in finished]
         if missing:
             _search(ctx, missing, model_dir, journal, statistics)
-    ctx.count(problems=loaded.to_json(), **statistics.to_json())
+    ctx.count(problems=loaded.summary(), **statistics.to_json())
     ctx.say(f"{statistics.solved} of {statistics.trees} trees hold a right answer")
-    return [path]
+    return [path, report]
 
 
 def training_problems(cfg: RunConfig, sources: Sequence[ProblemSource] | None = None) -> LoadedProblems:
     """Problems to learn from, those that resemble a benchmark's left out, with the account of all rows.
 
     Args:
-        sources: where they are from; the training problems when absent.
+        sources: where they are from, all of each; the mixture of training problems when absent.
     """
     ngram = cfg.problems.decontaminate_ngram
-    benchmarks = [p for source in cfg.eval.benchmarks.values() for p in load_source(source)] if ngram else []
-    return read_sources(sources or cfg.problems.train, benchmarks, ngram)
+    benchmarks = {name: load_source(source) for name, source in cfg.eval.benchmarks.items()} if ngram else {}
+    if sources:
+        return read_sources(sources, benchmarks, ngram)
+    return read_sources(cfg.problems.train, benchmarks, ngram, cfg.problems.mixture)
 
 
 def in_shard(problems: Iterable[Problem], shard: int, num_shards: int) -> list[Problem]:

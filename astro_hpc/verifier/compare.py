@@ -33,29 +33,16 @@ _CHOICE = re.compile(
     r"\(\s*([A-J])\s*\)\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*\(?([A-J])\)?"
 )
 _CHOICES = frozenset("ABCDEFGHIJ")
-_NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+_NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        re.findall(
+            r"\w+",
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen twenty",
+        )
+    )
+}
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[a-z]{3})", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
@@ -167,9 +154,8 @@ def number(text: str) -> Fraction | None:
         if len(exponent) > 5 or abs(int(exponent)) > _MAX_EXPONENT:
             return None
         return Fraction(match[1]) * Fraction(10) ** int(exponent)
-    if text.isalpha() and (word := text.lower()) in _NUMBER_WORDS:
-        return Fraction(_NUMBER_WORDS.index(word))
-    return None
+    word = _NUMBER_WORDS.get(text.lower())
+    return None if word is None else Fraction(word)
 
 
 def _compare_words(gold: str, answer: str) -> bool | None:

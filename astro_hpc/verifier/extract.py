@@ -5,20 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from astro_hpc.problems.final_answer import BOXES, closing_brace, last_marked, last_match
+from astro_hpc.problems.final_answer import BOX, BOXES, is_listing, last_marked, last_match, listed_boxes
 
 __all__ = ["BOXES", "extract_answer"]
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_MAX_GAP_CHARS = 60
-_MAX_BOXES = 32
-_MAX_GAP_WORDS = 4
-_SPACING = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|[,;:! ]|[()\[\]])|[$~{}]")
-_CONNECTOR = re.compile(r"[,;&]|\b(?:and|or)\b")
-_NAMES_NEXT = re.compile(r"[a-z]\w*(?:\s*\([a-z]\))?\s*=\s*$")
-_BREAK = re.compile(
-    r"[.!?:=<>]\s|\n\s*\n|\b(?:so|but|not|no|wait|then|thus|hence|therefore|is|are|gives|instead|actually)\b"
-)
 
 
 def extract_answer(text: str, markers: Sequence[str] = BOXES) -> str | None:
@@ -33,52 +22,7 @@ def extract_answer(text: str, markers: Sequence[str] = BOXES) -> str | None:
     last = last_marked(text, markers)
     if last is None or not any(marker in BOXES for marker in markers):
         return last
-    return _listed_boxes(text) or last
-
-
-def _listed_boxes(text: str) -> str | None:
-    """The contents of the boxes listed at the end, comma-separated; None when the last box stands alone."""
-    starts = _last_boxes(text)
-    contents: list[str] = []
-    following: int | None = None
-    for start, begin in reversed(starts):
-        end = closing_brace(text, begin)
-        if end is None:
-            break
-        if following is not None and (end > following or not _is_listing(text[end + 1 : following])):
-            break
-        contents.append(text[begin:end].strip())
-        following = start
-    return ", ".join(reversed(contents)) if len(contents) > 1 else None
-
-
-def _last_boxes(text: str) -> list[tuple[int, int]]:
-    """(start, start of the content) of the last few boxes, in order."""
-    end = len(text)
-    found: list[tuple[int, int]] = []
-    while len(found) < _MAX_BOXES:
-        start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
-        if start < 0:
-            break
-        if match := _BOX.match(text, start):
-            found.append((start, match.end()))
-        elif not text.startswith("\\fbox", start):
-            break
-        end = start
-    return found[::-1]
-
-
-def _is_listing(gap: str) -> bool:
-    """Whether what stands between two boxes only lists them."""
-    if len(gap) > _MAX_GAP_CHARS:
-        return False
-    plain = _SPACING.sub(lambda match: match.group(1) or " ", gap).lower()
-    plain = _NAMES_NEXT.sub(" ", plain)
-    if _BREAK.search(plain):
-        return False
-    if not plain.strip():
-        return "\n" not in gap
-    return bool(_CONNECTOR.search(plain)) and len(plain.split()) <= _MAX_GAP_WORDS
+    return listed_boxes(text) or last
 
 
 # --- texts without a marker -----------------------------------------------------------------------------------
@@ -120,7 +64,7 @@ def read_answer(text: str) -> str | None:
         boxed = extract_answer(text)
         if boxed is not None:
             return _stated_last(text[text.rfind("box") :]) or boxed
-        text = _BOX.sub(" ", text)  # never closed: what is there counts
+        text = BOX.sub(" ", text)  # never closed: what is there counts
     text = _CONTROL_TOKEN.split(text[-_MAX_FREE_CHARS:])[0] if "<|" in text else text[-_MAX_FREE_CHARS:]
     formulas = list(_MATH.finditer(text))
     outside = _MATH.sub(" \x00 ", text)
@@ -168,7 +112,7 @@ def _first_answer(tail: str) -> str | None:
     if formulas and not _PROSE_WORD.search(sentence[: formulas[0].start()]):
         listed = [formulas[0]]
         for formula in formulas[1:]:
-            if not _is_listing(sentence[listed[-1].end() : formula.start()]):
+            if not is_listing(sentence[listed[-1].end() : formula.start()]):
                 break
             listed.append(formula)
         return ", ".join(map(_body, listed)) + _percent_after(sentence[listed[-1].end() :])
