@@ -25,10 +25,11 @@ _MIXED = re.compile(r"([+-]?)(\d+)(?:\s*\\frac\{(\d+)\}\{(0*[1-9]\d*)\}|\s+(\d+)
 _SCIENTIFIC = re.compile(
     rf"([+-]?{_DECIMAL})\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?\s*([+-]?\d+)\s*\}}?|[eE]([+-]?\d+))"
 )
-_LETTER = re.compile(r"[A-Za-z]")
+_LETTER = re.compile(r"[A-Za-z']")
+_FORMULA = re.compile(r"[A-Za-z]'*\(")
 _TEXT = re.compile(r"[A-Za-z][A-Za-z .,'()-]*")
 _LONG_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{4,}")
-_BASED = re.compile(r"([0-9A-Z]+)_(?:(\d+)|\{(\d+)\})")
+_BASED = re.compile(r"(-?[0-9A-Z]+)_(?:(\d+)|\{(\d+|[a-z]+)\})")
 _CHOICE = re.compile(
     r"\(\s*([A-J])\s*\)\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*\(?([A-J])\)?"
 )
@@ -78,8 +79,9 @@ def compare_normalized(
     if not answer:
         return False
     refuse_costly(answer)
-    if (same := _compare_choices(gold, answer)) is not None:
-        return same
+    letters, (gold, answer) = _choices(gold, answer)
+    if letters:
+        return letters[0] == letters[1]
 
     def scalars(a: str, b: str) -> bool | None:
         equal = compare_scalars(a, b, policy)
@@ -88,16 +90,20 @@ def compare_normalized(
     return compare(_parse_cached(gold), parse(answer), scalars)
 
 
-def _compare_choices(gold: str, answer: str) -> bool | None:
-    """By the letter, where one names a choice with its text, `(A) 5`, and the other the letter; None otherwise."""
-    letters = [match and (match[1] or match[3] or match[5]) for match in map(_CHOICE.fullmatch, (gold, answer))]
-    if not any(letters):
-        return None
-    gold_letter, answer_letter = (
-        letter or (text.strip("() ") if text.strip("() ") in _CHOICES else None)
-        for letter, text in zip(letters, (gold, answer), strict=True)
-    )
-    return gold_letter == answer_letter if gold_letter and answer_letter else None
+def _choices(gold: str, answer: str) -> tuple[tuple[str, str] | None, tuple[str, str]]:
+    """(letters, texts) where one answer names a choice with its text, `(A) 5`: letters if the other has one too,
+    else the texts without them."""
+    found = [_CHOICE.fullmatch(text) for text in (gold, answer)]
+    if not any(found):
+        return None, (gold, answer)
+    letters, texts = [], []
+    for match, text in zip(found, (gold, answer), strict=True):
+        letter = (match[1] or match[3] or match[5]) if match else text.strip("() ")
+        letters.append(letter if letter in _CHOICES else None)
+        texts.append((match[2] or match[4] or text) if match else text)
+    if letters[0] and letters[1]:
+        return (letters[0], letters[1]), (gold, answer)
+    return None, (texts[0], texts[1])
 
 
 def compare_scalars(gold: str, answer: str, policy: AnswerPolicy) -> bool | None:
@@ -171,6 +177,10 @@ def _compare_words(gold: str, answer: str) -> bool | None:
         return _colon_parts(gold) == _colon_parts(answer)
     if _RATIO.fullmatch(gold) and _RATIO.fullmatch(answer):
         return _same_ratio(_colon_parts(gold), _colon_parts(answer))
+    if _RATIO.fullmatch(gold) or _RATIO.fullmatch(answer):
+        ratio, other = (gold, answer) if _RATIO.fullmatch(gold) else (answer, gold)
+        parts, value = _colon_parts(ratio), number(other)
+        return None if value is None else len(parts) == 2 and parts[1] > 0 and Fraction(*parts) == value
     gold, answer = _ARTICLE.sub("", gold), _ARTICLE.sub("", answer)
     gold_text, answer_text = _is_text(gold), _is_text(answer)
     if gold_text and answer_text:
@@ -188,7 +198,11 @@ def _compare_words(gold: str, answer: str) -> bool | None:
 def _based(text: str) -> tuple[str, str] | None:
     """(digits, base) of a number written with its base, as in 1011_2; None for anything else, x_1 for instance."""
     match = _BASED.fullmatch(text.replace(" ", ""))
-    return (match[1], match[2] or match[3]) if match and match[1][0].isdigit() else None
+    if match is None:
+        return None
+    base = match[2] or match[3]
+    base = str(_NUMBER_WORDS.get(base, base))
+    return (match[1], base) if any(map(str.isdigit, match[1])) or len(match[1]) > 1 < len(base) else None
 
 
 def _same_ratio(gold: list[int], answer: list[int]) -> bool:
@@ -201,8 +215,9 @@ def _same_ratio(gold: list[int], answer: list[int]) -> bool:
 
 
 def _is_text(text: str) -> str:
-    """The letters of a text that is words only; empty for anything else."""
-    return "".join(_LETTER.findall(text)) if _TEXT.fullmatch(text) else ""
+    """The letters of a text that is words only; empty for anything else, f(x) and x - y for instance."""
+    is_words = _TEXT.fullmatch(text) and not _FORMULA.search(text) and ("-" not in text or _LONG_WORD.search(text))
+    return "".join(_LETTER.findall(text)) if is_words else ""
 
 
 def _colon_parts(text: str) -> list[int]:

@@ -35,8 +35,14 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _ANSWER_PHRASE = re.compile(
-    r"\b(?:final\s+)?answer\b(?:[^.\n]{0,80}?\b(?:is|are)\b|\s*\**\s*:)?\s*:?\**", re.IGNORECASE
+    r"\b(?:final\s+)?answer\b(?:[^.\n]{0,80}?\b(?:is|are)\b|\s*\**\s*:)?\s*:?\**"
+    r"|\bcorrect\s+(?:option|choice)\s+is\b\s*:?\**"
+    r"|\b(?:solutions|roots|answers|values)\s+(?:of\s+\S{1,20}\s+)?are\b\s*:?\**",
+    re.IGNORECASE,
 )
+_GSM8K_LINE = re.compile(r"^####\s*(\S[^\n]*)", re.MULTILINE)
+_LEAD = re.compile(r"^(?:so|thus|hence|therefore|then|we\s+(?:get|have|find)|that's|it's)\b[\s,:]*", re.IGNORECASE)
+_SENTENCE = re.compile(r"\s*(?:[A-Z][a-z]*|That's|It's)\s+[a-z][a-z']*\s.*[\d\x00]", re.DOTALL)
 _FINAL_PHRASE = re.compile(r"\bfinal\s+answer\s+(?:is|are)\b\s*:?\**", re.IGNORECASE)
 _HOPE = re.compile(r"\.?\s*I hope it is correct\.?.*", re.IGNORECASE | re.DOTALL)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,40}(?![A-Za-z]{0,40}\()")
@@ -44,6 +50,7 @@ _NUMBER = re.compile(
     r"(?<![\w.\\^_{])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s*/\s*\d+|\d+,\d{2}(?!\d)|\d*\.\d+|\d+)"
     r"(?:\s*(?:\\?%|percent\b|pct\b))?"
 )
+_PLAIN_GROUP = re.compile(r"[(\[]\s*[-+]?[\d./]{1,20}(?:\s*,\s*[-+]?[\d./]{1,20}){1,8}\s*[)\]]")
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}")
 _SHOWN_RELATION = re.compile(r"\b[A-Za-z]\w{0,20}\s{0,5}(?:\\in\b|\\?[<>]=?|\\[lg]eq?t?\b|!=|=|\\neq?\b)\s{0,5}\S+")
 _LABEL = re.compile(r"\s*[A-Za-z]{3,}\s*:\s")
@@ -53,8 +60,8 @@ _PROSE_WORDS = 3
 def read_answer(text: str) -> str | None:
     r"""The answer in a text that may be a whole response or just an answer, boxed or not.
 
-    In this order: the last `\boxed{}`; the text itself when it is no prose; what follows `(final) answer (is)`; the
-    last formula; the last number. Meant for files of mixed origin: a model that is trained gets `extract_answer`.
+    In this order: the last `\boxed{}`; the last `####` line; the text itself when it is no prose; what follows
+    `(final) answer (is)`; the last formula; the last number or point. Meant for files of mixed origin: a model that is trained gets `extract_answer`.
 
     Returns:
         None when nothing looks like an answer.
@@ -66,6 +73,9 @@ def read_answer(text: str) -> str | None:
             return _stated_last(text[text.rfind("box") :]) or boxed
         text = BOX.sub(" ", text)  # never closed: what is there counts
     text = _CONTROL_TOKEN.split(text[-_MAX_FREE_CHARS:])[0] if "<|" in text else text[-_MAX_FREE_CHARS:]
+    if marked := last_match(_GSM8K_LINE, text):
+        return marked[1].strip()
+    text = _LEAD.sub("", text.strip())
     formulas = list(_MATH.finditer(text))
     outside = _MATH.sub(" \x00 ", text)
     if not _is_prose(outside, bool(formulas)):
@@ -89,8 +99,12 @@ def _is_prose(outside: str, has_formulas: bool) -> bool:
     words = _PROSE_WORD.findall(_TEXT_COMMAND.sub(" ", outside))
     words = [word for word in words if word.lower() not in ("and", "or")]
     if not has_formulas:
-        labelled = "answer" in outside.lower() or _LABEL.match(outside) is not None
-        return labelled or (len(words) >= _PROSE_WORDS and bool(re.search(r"[\d$\\=]", outside)))
+        labelled = "answer" in outside.lower() or _LABEL.match(outside) or _SENTENCE.match(outside)
+        return (
+            bool(labelled)
+            or _ANSWER_PHRASE.search(outside) is not None
+            or (len(words) >= _PROSE_WORDS and bool(re.search(r"[\d$\\=]", outside)))
+        )
     return bool(words)
 
 
@@ -131,6 +145,9 @@ def _last_answer(text: str, formulas: list[re.Match[str]]) -> str | None:
     number, relation = last_match(_NUMBER, rest), last_match(_SHOWN_RELATION, rest)
     if relation is not None and (number is None or relation.end() >= number.end()):
         return relation.group().strip(" .")
+    group = last_match(_PLAIN_GROUP, rest)
+    if group is not None and (number is None or group.end() > number.end()):
+        return group.group()
     if number is not None:
         return number.group()
     if not formulas:

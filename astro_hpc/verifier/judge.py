@@ -49,6 +49,12 @@ _SLACK, _NOISE = 15, 20
 _MAX_DIGITS = 3000
 _LOG_2 = 0.30103
 _DECIMAL = re.compile(r"(?<![\d.\\])(\d*)\.(\d+)(?![\d.])")
+_NO_FORMULA = re.compile(
+    r"[:']|\d\s*_|(?<![\d_])\d+\s+\.?\d|\.\d*\.|\\(?:p?mod|bmod|l?dots)"
+)  # the parser drops or adds these without a word
+_MIXED = re.compile(r"(?<![\w.^_{}\\])(\d{1,30})\s*\\frac\{(\d{1,30})\}\{(\d{1,30})\}")
+_BRACKETS = re.compile(r"(?<!\\sqrt)\[([^\[\]]*)\]")
+_PARENTHESIS_TIMES = re.compile(r"\)\s*(?=\d|\\frac)")
 _NUMBER_TIMES = re.compile(r"(?<![\w.^}])(\d+(?:\.\d+)?|\d+\))\s*\((?=\s*-?\d)|(?<=\d\))\s*\((?=\s*-?\d)")
 _IRRATIONAL = re.compile(r"\\sqrt|\\pi|\\ln|\\log|\\sin|\\cos|\\tan|\\exp|\\frac\{\\pi|\be\b")
 _MIN_ROUNDED_DECIMALS = 3
@@ -143,13 +149,23 @@ def compare_by_sympy(gold: str, answer: str) -> bool | None:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Basic | MatrixBase | None:
+    if _NO_FORMULA.search(text):
+        return None
+    text = _PARENTHESIS_TIMES.sub(r")\\cdot ", _BRACKETS.sub(r"(\1)", text))  # (2)5 is 10, not 2 and a fraction
     text = _NUMBER_TIMES.sub(lambda m: f"{m[1] or ''}\\cdot (", text)
+    text = _MIXED.sub(_improper, text)
     exact = _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
     for spelling in dict.fromkeys((exact, text)):
         parsed = math_verify.parse(f"${spelling}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=None)
         if parsed and isinstance(parsed[0], Basic | MatrixBase):
             return _with_real_roots(_with_imaginary_unit(parsed[0]))
     return None
+
+
+def _improper(match: re.Match[str]) -> str:
+    """A mixed number as one fraction; a product, where the fraction is none of a mixed number, as it is."""
+    whole, top, bottom = map(int, match.groups())
+    return f"\\frac{{{whole * bottom + top}}}{{{bottom}}}" if 0 < top < bottom else match.group()
 
 
 def _with_real_roots(expression: Basic | MatrixBase) -> Basic | MatrixBase:
@@ -295,7 +311,10 @@ def _same_relation(a: Relational, b: Relational) -> bool | None:
     except (TypeError, AttributeError):
         return bool(math_verify.verify(a, b, timeout_seconds=None))
     names = sorted({symbol.name for symbol in left.free_symbols | right.free_symbols})
-    if not names or len(names) > len(_POINTS[0]) or _symbolic_only(left) or _symbolic_only(right):
+    if not names:  # a statement about numbers: the same only when it says the same of them
+        sides = [_same_value(x, y, 0) for x, y in ((a.lhs, b.lhs), (a.rhs, b.rhs))]
+        return type(a) is type(b) and (None if None in sides and False not in sides else all(sides))
+    if len(names) > len(_POINTS[0]) or _symbolic_only(left) or _symbolic_only(right):
         return bool(math_verify.verify(a, b, timeout_seconds=None))
     digits = _digits_needed(left, right)
     if digits is None:

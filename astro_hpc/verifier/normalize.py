@@ -99,9 +99,10 @@ _RENAMED = [
 ]
 _FRAC_SHORT = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _ROOT_SHORT = re.compile(r"\\?sqrt\s*(?:(\d)|\(([^()]*)\))")
-_SUB_SHORT = re.compile(r"_\{(\w)\}")
+_SUB_SHORT = re.compile(r"_\{(\w)\}(?!\s*\d)")
 _SUB_LONG = re.compile(r"(?<!\\log)_(\d{2,})")
-_POWER_SHORT = re.compile(r"\^\{([0-9A-Za-z])\}")
+_POWER_SHORT = re.compile(r"\^\{([0-9A-Za-z])\}(?!\s*\d)")
+_POWER_SIGNED = re.compile(r"\^\s*([+-]\s*(?:\d+|[A-Za-z]))")
 _PERCENT_WORD = re.compile(r"\s*(?:\\?%|\bper\s?cent(?:age)?\b|\bpct\b)", re.IGNORECASE)
 _PERCENT_GLUED = re.compile(r"(?<=\d)\s*(?:percent|pct)\b", re.IGNORECASE)
 _CIRCLE = r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
@@ -122,7 +123,7 @@ _INTEGER_PARAMETER = re.compile(
     r"(?:,|;|\bwhere\b|\bfor\b|\bwith\b)\s*(?:any |all |some )?(?:integers? )?"
     r"[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?\s*$"
 )
-_MULTIPLE = re.compile(r"(?<=\d)\s*(hundred|thousand|million|billion|trillion)(?![a-z])", re.IGNORECASE)
+_MULTIPLE = re.compile(r"(?<=[\d})])\s*(hundred|thousand|million|billion|trillion)(?![a-z])", re.IGNORECASE)
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _ACCENTED = re.compile(r"(\\(?:vec|hat|bar|overline|tilde|mathbb|mathcal))\s+([A-Za-z])(?![A-Za-z])")
 _WORDED_RATIO = re.compile(r"(\d+) to (\d+)")
@@ -159,7 +160,7 @@ def normalize(text: str) -> str:
     text = _FRAC_SHORT.sub(r"\\frac{\1\2}{\3\4}", text)
     text = _ROOT_SHORT.sub(r"\\sqrt{\1\2}", text)
     text = _SUB_LONG.sub(r"_{\1}", _SUB_SHORT.sub(r"_\1", text))
-    text = _POWER_SHORT.sub(r"^\1", text)
+    text = _POWER_SIGNED.sub(r"^{\1}", _POWER_SHORT.sub(r"^\1", text))
     while (shorter := _TRAILING.sub("", text).rstrip()) != text:
         text = shorter
     if ratio := _WORDED_RATIO.fullmatch(text):
@@ -250,6 +251,10 @@ _COUNTED = """
 """
 _UNITS = dict.fromkeys(_COUNTED.split(), "") | _SPELLED
 _UNIT_NAMES = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
+_NO_UNITS = frozenset(
+    """is are was if no not wrong or plus minus times over squared cubed dozen score gross half halves third thirds
+    hundred thousand million billion trillion factorial mod percent less more bigger smaller""".split()
+)
 _MODIFIERS = {
     "square",
     "sq",
@@ -289,7 +294,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     value, unit = match["value"], match["unit"]
     names = [name.strip(".") or name for name in _UNIT_NAME.findall(unit.lower())]
-    if not match["gap"] and len(names) == 1 and len(unit) <= _SHORT_UNIT_CHARS:
+    if _NO_UNITS.intersection(names) or (not match["gap"] and len(names) == 1 and len(unit) <= _SHORT_UNIT_CHARS):
         return text, ""
     names = [name for name in names if name not in _MODIFIERS or name in ("per", "/")] or names[:1]
     if any(map(_unit_of, names)) or (not match["power"] and all(len(name) > _SHORT_UNIT_CHARS for name in names)):

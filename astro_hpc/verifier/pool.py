@@ -39,7 +39,7 @@ VERSION = "1"
 
 _HEADER = struct.Struct("!I")
 _START_SECONDS = 120.0
-_RESERVE = 0.8
+_RESERVE = 0.6
 
 
 @dataclass(frozen=True)

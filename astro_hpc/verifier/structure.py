@@ -226,7 +226,7 @@ def _relation(text: str, tokens: list[str], depth: int) -> Value | None:
         if not right or any(_split(_TOKEN.findall(side), _RELATIONS)[1:] for side in sides):
             return None
         if not left:
-            return parse(right, depth + 1)
+            return parse("=".join(sides[1:]), depth + 1)
         name = next((side.strip() for side in (sides[0], sides[-2]) if _NAME.match(side.strip())), None)
         return Equation(left, parse(right, depth + 1), name and name.replace(" ", ""), text)
     parts: list[str] = []
