@@ -1,6 +1,7 @@
 """Which answers are equal: respellings are, near misses aren't. The hard ones go through the pool's judge."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +121,28 @@ def test_equal_answers(line: str) -> None:
 def test_unequal_answers(line: str) -> None:
     gold, answer = line.split(" | ")
     assert equal(gold, answer) is not True
+
+
+def _parts() -> list[tuple[str, list[str]]]:
+    """(title, lines) of the parts of answer_pairs.txt."""
+    parts: list[tuple[str, list[str]]] = []
+    for line in (Path(__file__).parent / "answer_pairs.txt").read_text().splitlines()[1:]:
+        if line.startswith("# "):
+            parts.append((line[2:], []))
+        else:
+            parts[-1][1].append(line)
+    return parts
+
+
+@pytest.mark.parametrize(("title", "lines"), _parts())
+def test_pairs_from_the_file(title: str, lines: list[str]) -> None:
+    wrong = []
+    for line in lines:
+        gold, answer = line[2:].split(" ~ ") if not line.endswith("~ ") else (line[2:-3], "")
+        if (equal(gold, answer) is True) != (line[0] == "="):
+            wrong.append(line)
+    assert lines
+    assert not wrong, title
 
 
 def test_policies() -> None:

@@ -61,7 +61,8 @@ def read_answer(text: str) -> str | None:
     r"""The answer in a text that may be a whole response or just an answer, boxed or not.
 
     In this order: the last `\boxed{}`; the last `####` line; the text itself when it is no prose; what follows
-    `(final) answer (is)`; the last formula; the last number or point. Meant for files of mixed origin: a model that is trained gets `extract_answer`.
+    `(final) answer (is)`; the last formula; the last number or point. Meant for files of mixed origin: a model that
+    is trained gets `extract_answer`.
 
     Returns:
         None when nothing looks like an answer.

@@ -251,10 +251,11 @@ _COUNTED = """
 """
 _UNITS = dict.fromkeys(_COUNTED.split(), "") | _SPELLED
 _UNIT_NAMES = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
-_NO_UNITS = frozenset(
-    """is are was if no not wrong or plus minus times over squared cubed dozen score gross half halves third thirds
-    hundred thousand million billion trillion factorial mod percent less more bigger smaller""".split()
-)
+_AFTER_NUMBERS = """
+    is are was if no not wrong or plus minus times over squared cubed dozen score gross half halves third thirds
+    hundred thousand million billion trillion factorial mod percent less more bigger smaller
+"""
+_NO_UNITS = frozenset(_AFTER_NUMBERS.split())
 _MODIFIERS = {
     "square",
     "sq",
