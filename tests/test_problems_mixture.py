@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import JsonlSource, MixtureConfig, ProblemsConfig
 from astro_hpc.problems.mixture import draw, shares
 from astro_hpc.problems.problem import Problem
@@ -74,6 +75,16 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
     reseeded = read_sources(three, mixture=MixtureConfig(weights=[1, 1, 2], size=80, seed=1))
     assert reseeded.problems != loaded.problems
     assert [report.used for report in reseeded.reports] == [10, 23, 47]
+
+
+def test_a_source_with_nothing_left_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"problem": "A?", "answer": "1"}) + "\n")
+    source = JsonlSource(type="jsonl", path=path)
+    twice = [source, source.model_copy(update={"name": "again"})]
+    with pytest.raises(ConfigError, match="nothing of source 'again' is left"):
+        read_sources(twice, mixture=MixtureConfig(weights=[1, 1]))
+    assert len(read_sources(twice, mixture=MixtureConfig(weights=[1, 1], size=2)).problems) == 1
 
 
 def test_a_weight_for_each_source() -> None:

@@ -99,6 +99,11 @@ def _is_first(problem: Problem, place: str, key: str, seen: dict[str, tuple[str,
 
 
 def _mixed(found: list[list[Problem]], reports: list[SourceReport], mixture: MixtureConfig) -> list[list[Problem]]:
+    if mixture.size is None and (empty := [r.name for r, left in zip(reports, found, strict=True) if not left]):
+        raise ConfigError(
+            f"problems.mixture: nothing of source {empty[0]!r} is left after screening, so no proportion can be kept; "
+            "leave it out, or give mixture.size"
+        )
     counts = shares([len(problems) for problems in found], mixture.weights, mixture.size)
     wanted = apportion(mixture.size or sum(counts), mixture.weights)
     for report, problems, count, share in zip(reports, found, counts, wanted, strict=True):

@@ -34,7 +34,7 @@ from astro_hpc.verifier.normalize import AnswerPolicy, normalize
 
 Outcome = Literal["right", "wrong", "unknown"]
 
-VERSION = "1"
+VERSION = "2"
 """Of the rules of comparison: part of what a verdict is remembered under."""
 
 _HEADER = struct.Struct("!I")
