@@ -102,7 +102,7 @@ _ROOT_SHORT = re.compile(r"\\?sqrt\s*(?:(\d)|\(([^()]*)\))")
 _SUB_SHORT = re.compile(r"_\{(\w)\}(?!\s*\d)")
 _SUB_LONG = re.compile(r"(?<!\\log)_(\d{2,})")
 _POWER_SHORT = re.compile(r"\^\{([0-9A-Za-z])\}(?!\s*\d)")
-_POWER_SIGNED = re.compile(r"\^\s*([+-]\s*(?:\d+|[A-Za-z]))")
+_POWER_SIGNED = re.compile(r"\^\s*([+-]\s*(?:\d+|[A-Za-z]))(?!\d|\.\d|\s*\^)")
 _PERCENT_WORD = re.compile(r"\s*(?:\\?%|\bper\s?cent(?:age)?\b|\bpct\b)", re.IGNORECASE)
 _PERCENT_GLUED = re.compile(r"(?<=\d)\s*(?:percent|pct)\b", re.IGNORECASE)
 _CIRCLE = r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
