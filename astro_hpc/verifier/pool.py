@@ -39,7 +39,8 @@ VERSION = "2"
 
 _HEADER = struct.Struct("!I")
 _START_SECONDS = 120.0
-_RESERVE = 0.6
+# Shares of the promised seconds: for the comparison itself, and for it with the wait for a killed child's successor.
+_COMPARISON, _ALTOGETHER = 0.6, 0.9
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Verdict:
     Attributes:
         outcome: `right`, `wrong` (also when there is no answer), or `unknown`: could not tell within the limits.
         answer: the extracted answer, normalised as it is compared; None when there is none.
-        seconds: wall clock of the comparison itself, 0 from the cache; waiting for a free worker is left out.
+        seconds: wall clock from the moment a worker took the answer, 0 from the cache; waiting for a free worker is
+            left out.
     """
 
     outcome: Outcome
@@ -238,7 +240,7 @@ class _Worker:
 
     def __init__(self, cfg: VerifierConfig) -> None:
         self._memory = cfg.memory_mb << 20
-        self._seconds = cfg.timeout_seconds * _RESERVE
+        self._seconds = cfg.timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._imports: set[str] = set()
         self._buffer = b""
@@ -251,19 +253,23 @@ class _Worker:
         Raises:
             ConfigError: the worker can't start, for instance within its memory.
         """
-        self._ensure_ready(checker)
+        self._ensure_started(checker)
         assert self._process is not None
         assert self._process.stdin is not None
+        began = time.monotonic()
+        deadline = began + self._seconds * _ALTOGETHER
+        if not self._is_ready(deadline):
+            return "unknown", time.monotonic() - began
+        deadline = min(deadline, time.monotonic() + self._seconds * _COMPARISON)
         self._count += 1
         body = f'{{"id": {self._count}, {request[1:]}'.encode()
-        began = time.monotonic()
         try:
             self._process.stdin.write(_HEADER.pack(len(body)) + body)
             self._process.stdin.flush()
         except BrokenPipeError:
             self.stop()
             return "unknown", time.monotonic() - began
-        reply = self._read_reply(began + self._seconds)
+        reply = self._read_reply(deadline)
         if reply is None:
             self._ready = False
             self._process.send_signal(signal.SIGUSR2)  # ends the child; its successor will say that it is ready
@@ -283,29 +289,37 @@ class _Worker:
                         pipe.close()
         self._process = None
 
-    def _ensure_ready(self, checker: str) -> None:
+    def _ensure_started(self, checker: str) -> None:
+        """Start the process where there is none, and wait until it has imported what it needs."""
         if checker == "reasoning_gym" and checker not in self._imports:
             self._imports.add(checker)
             self.stop()
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.stop()
+        self._start()
+        line = self._read_line(time.monotonic() + _START_SECONDS)
+        if line is None or "fatal" in line:
             self.stop()
-            self._start()
-        deadline = time.monotonic() + _START_SECONDS
+            why = line["fatal"] if line else f"no sign of life in {_START_SECONDS:.0f} s"
+            raise ConfigError(f"the verifier's worker can't start: {why}; check verifier.memory_mb and the packages")
+        self._ready = True
+
+    def _is_ready(self, deadline: float) -> bool:
+        """Whether a child serves; after one was killed its successor says so, soon."""
         while not self._ready:
             line = self._read_line(deadline)
-            if line is None or "fatal" in line:
-                self.stop()
-                why = line["fatal"] if line else f"no sign of life in {_START_SECONDS:.0f} s"
-                raise ConfigError(
-                    f"the verifier's worker can't start: {why}; check verifier.memory_mb and the packages"
-                )
+            if line is None:
+                return False
             self._ready = "ready" in line
+        return True
 
     def _start(self) -> None:
         root = str(Path(astro_hpc.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._buffer, self._ready = b"", False
-        arguments = [str(os.getpid()), str(self._memory), str(self._seconds), *sorted(self._imports)]
+        seconds = str(self._seconds * _COMPARISON)
+        arguments = [str(os.getpid()), str(self._memory), seconds, *sorted(self._imports)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "astro_hpc.verifier.worker", *arguments],
             stdin=subprocess.PIPE,
