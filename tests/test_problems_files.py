@@ -16,6 +16,7 @@ from astro_hpc.config.schema import HuggingFaceSource, JsonlSource, ParquetSourc
 from astro_hpc.pipeline import search
 from astro_hpc.problems.row_files import local_path, read_numbered, read_rows
 from astro_hpc.problems.sources import load_source, read_source
+from astro_hpc.run.stage import run_stage
 
 ROWS: list[dict[str, Any]] = [
     {"problem": "What is 1+1?", "solution": r"so $\boxed{2}$", "level": "Level 1", "type": "Algebra"},
@@ -225,3 +226,44 @@ def test_files_and_folders_are_stage_inputs(tmp_path: Path) -> None:
     inputs = set(search(cfg).inputs.values())
     assert {file, folder, folder / "train.parquet"} <= inputs
     assert [local_path(source) for source in cfg.problems.train] == [file, folder, folder, None, None]
+
+
+def test_a_search_says_what_became_of_the_rows_and_notices_changed_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sums = [{"problem": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(12)]
+    (tmp_path / "test" / "warmup" / "hf").mkdir(parents=True)
+    cfg = RunConfig.model_validate(
+        {
+            "name": "test",
+            "runs_dir": tmp_path,
+            "warmup": {"enabled": True, "problems": {"type": "signs", "count": 1}},
+            "inference": {"engine": "scripted", "max_model_len": 1024},
+            "search": {"num_iterations": 2, "num_expansions": 2, "num_rollouts": 1},
+            "problems": {
+                "train": [
+                    {"type": "jsonl", "path": jsonl(tmp_path / "sums.jsonl", [*sums, {"problem": "Why?"}])},
+                    {"type": "huggingface", "path": str(parquet(tmp_path / "pq" / "train.parquet", ROWS).parent)},
+                ],
+                "mixture": {"weights": [2, 1], "size": 6},
+            },
+            "eval": {"benchmarks": {"held": {"type": "jsonl", "path": jsonl(tmp_path / "held.jsonl", sums[:3])}}},
+        }
+    )
+    run_stage(cfg, search(cfg))
+    folder = tmp_path / "test" / "search" / "shard-00000-of-00001"
+    written = json.loads((folder / "problems.json").read_text())
+    assert written["problems"] == 6
+    assert [source["used"] for source in written["sources"]] == [5, 1]  # 1+1 is among the sums, and the held-out ones
+    assert written["contaminated"]["by_benchmark"] == {"held": 4}
+    assert written["sources"][0]["unusable"]["first"][0]["where"] == f"{tmp_path / 'sums.jsonl'}:13"
+    said = capsys.readouterr().err
+    assert "sums: 5 of 13 used" in said
+    assert "1 unusable (first: " in said
+    assert "4 problems dropped that resemble a benchmark's (held 4)" in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["counts"]["problems"]["contaminated"] == {"held": 4}
+    run_stage(cfg, search(cfg))
+    parquet(tmp_path / "pq" / "train.parquet", ROWS[:2])
+    with pytest.raises(ConfigError, match=r"done with other inputs: .*pq"):
+        run_stage(cfg, search(cfg))
