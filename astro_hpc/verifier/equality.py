@@ -175,13 +175,20 @@ def _compare_matrices(gold: Value, answer: Value, scalars: ScalarComparison) -> 
 
 def _compare_inequalities(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
     if isinstance(gold, Inequality) and isinstance(answer, Inequality):
+        unsure = False
         for parts, relations in (
             (answer.parts, answer.relations),
             (answer.parts[::-1], tuple(FLIPPED[relation] for relation in answer.relations[::-1])),
         ):
-            if relations == gold.relations and all(scalars(a, b) for a, b in zip(gold.parts, parts, strict=True)):
+            if relations != gold.relations:
+                continue
+            results = [scalars(a, b) for a, b in zip(gold.parts, parts, strict=True)]
+            if all(results):
                 return True
-        return scalars(gold.text, answer.text) if len(gold.relations) == len(answer.relations) == 1 else False
+            unsure |= False not in results
+        if len(gold.relations) == len(answer.relations) == 1:
+            return scalars(gold.text, answer.text)
+        return None if unsure else False
     if isinstance(gold, Inequality):
         solutions = interval(gold)
         return None if solutions is None else compare(solutions, answer, scalars)
@@ -195,14 +202,20 @@ def _compare_bag_and_single(gold: Value, answer: Value, scalars: ScalarCompariso
         assert isinstance(answer, Scalar)
         if answer.listed and not gold.braces:
             return _unordered(gold.parts, tuple(map(Scalar, answer.listed)), scalars)
-        return gold.decimal == answer.text
+        return gold.decimal == answer.text or _says_one_value(gold, answer, scalars, list_is_answer=False)
     assert isinstance(gold, Scalar)
     assert isinstance(answer, Bag)
     if answer.decimal == gold.text:
         return True
     if gold.listed:
         return _unordered(tuple(map(Scalar, gold.listed)), answer.parts, scalars)
-    if answer.braces or not all(isinstance(part, Scalar) for part in answer.parts):
+    return _says_one_value(answer, gold, scalars, list_is_answer=True)
+
+
+def _says_one_value(bag: Bag, single: Scalar, scalars: ScalarComparison, list_is_answer: bool) -> bool | None:
+    """Whether every part of a list is the single value: 4/5 or 0.8."""
+    if bag.braces or not all(isinstance(part, Scalar) for part in bag.parts):
         return False
-    results = [scalars(gold.text, part.text) for part in answer.parts if isinstance(part, Scalar)]
+    texts = [part.text for part in bag.parts if isinstance(part, Scalar)]
+    results = [scalars(single.text, text) if list_is_answer else scalars(text, single.text) for text in texts]
     return False if False in results else None if None in results else True

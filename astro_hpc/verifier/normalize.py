@@ -79,7 +79,14 @@ _SIZING = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textst
 _THIN = re.compile(r"(?<!\\)\\!\s*")
 _SPACES = re.compile(r"(?<!\\)\\(?:quad|qquad|enspace|thinspace|[,;: ])(?![A-Za-z])|~|\s+")
 _WORDS = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|mathrm|mathbf|mathit|mathsf|hbox|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|mathrm|mathbf|mathit|mathsf|hbox|operatorname|underline|boldsymbol|bm)"
+    r"\s*\{([^{}]*)\}"
+)
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]+\}")
+_FUNCTION = re.compile(
+    r"\\operatorname\s*\{\s*([a-z]+)\s*\}"
+    r"|(?<![A-Za-z\\])((?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h|cot|sec|csc|ln|log|exp)"
+    r"(?=\s*[\d(\\^_{]| [a-z](?![a-z]))"
 )
 _RENAMED = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
@@ -93,6 +100,7 @@ _RENAMED = [
     (re.compile(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\(?:ldots|cdots|dotsc)(?![A-Za-z])|…|\.\.\."), r"\\dots "),
     (re.compile(r"\\equiv(?![A-Za-z])"), "="),
+    (re.compile(r"\\backslash(?![A-Za-z])"), r"\\setminus "),
     (re.compile(r"\\union(?![A-Za-z])"), r"\\cup"),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\\(?:degree|degrees)(?![A-Za-z])"), r"^\\circ"),
@@ -114,6 +122,7 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)(?![a-z])")
 _CURRENCY = re.compile(r"\\\$|\$|\\text\{?dollars?\}?")
 _ORDINAL = re.compile(
     r"(?<=\d)\s*(?:\^\s*\{?\s*)?\\(?:text|mathrm|rm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b"
+    r"|^(\d+)\^\{(?:st|nd|rd|th)\}$"
 )
 _REPEATING = re.compile(
     r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*(?:\{\s*(\d{1,30})\s*\}|(\d))"
@@ -149,7 +158,8 @@ def normalize(text: str) -> str:
     for pattern, replacement in _RENAMED:
         text = pattern.sub(replacement, text)
     text = _QUOTES.sub("", text)
-    text = _ORDINAL.sub("", text)
+    text = _ORDINAL.sub(r"\1", _COLOUR.sub("", text))
+    text = _FUNCTION.sub(lambda match: f"\\{match.group(1) or match.group(2)} ", text)
     text = _WORDS.sub(lambda match: f" {match.group(1)} ", text)
     text = _without_circles(_ACCENTED.sub(r"\1{\2}", text))
     text = _PERCENT_WORD.sub("%", _PERCENT_GLUED.sub("%", text))

@@ -89,7 +89,11 @@ _PAIRS = {"\\{": "\\}", "{": "}", "\\langle": "\\rangle"}
 _WORD_SEPARATOR = re.compile(
     r"(?:,\s*)?(?:(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|(?<=[\d)\]}])(?:and|or)(?=[\d(\[\\A-Za-z-]))"
 )
-_MATRIX = re.compile(r"^\\begin\{(\w*matrix\*?|cases|array|aligned)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_SYSTEM = re.compile(r"^\\\{\s*\\begin\{(array|aligned|gathered)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_MATRIX = re.compile(
+    r"^\\begin\{(\w*matrix\*?|cases|array|aligned|align\*?|gathered|gather\*?)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$",
+    re.DOTALL,
+)
 _OUTWARD = re.compile(r"^(?:(?=\])|(?=.*\[$))([\[\]])([^\[\]]+,[^\[\]]+)([\[\]])$")  # ]0,1[
 _NAME = re.compile(
     r"^(?:[A-Z]{2,4}"  # AB, a segment
@@ -100,6 +104,7 @@ _NAME = re.compile(
     r"|\(\s*\w+(?:\s*,\s*\w+)+\s*\)"  # (x, y)
     r"|\w+(?:_\w+)?\s*:\s*\w+(?:_\w+)?)$"  # V_1 : V_2
 )
+_ABSOLUTE = re.compile(r"^(?:\||\\l?vert)\s*([a-z])\s*(?:\||\\r?vert)$")
 _SUCH_THAT = {"\\mid", "|", ":"}
 _MEMBER = re.compile(r"\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*$")
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
@@ -143,10 +148,15 @@ def _parse_single(text: str, tokens: list[str], depth: int) -> Value:
     if relation := _relation(text, tokens, depth):
         return relation
     if len(pieces := _split(tokens, {"\\cup"})) > 1:
-        return Union(tuple(parse(piece, depth + 1) for piece in pieces))
+        sets = tuple(parse(piece, depth + 1) for piece in pieces)
+        elements = [part for listed in sets if isinstance(listed, Bag) and listed.braces for part in listed.parts]
+        finite = all(isinstance(listed, Bag) and listed.braces for listed in sets)
+        return Bag(tuple(elements), braces=True) if finite else Union(sets)
     if outward := _OUTWARD.match(text):
         opening, closing = "(" if outward[1] == "]" else "[", ")" if outward[3] == "[" else "]"
         return parse(f"{opening}{outward[2]}{closing}", depth + 1)
+    if system := _SYSTEM.match(text):  # a brace on the left alone
+        return _matrix("aligned", system[2], depth)
     if (matrix := _MATRIX.match(text)) and _is_one_environment(tokens):
         return _matrix(matrix[1], matrix[2], depth)
     if tokens and (inner := _enclosed(tokens)) is not None:
@@ -245,6 +255,9 @@ def _relation(text: str, tokens: list[str], depth: int) -> Value | None:
             current.append(token)
     if not relations:
         return None
+    if len(relations) == 1 and relations[0] in ("<", "\\le") and (name := _ABSOLUTE.match(parts[0])):
+        bound = "".join(current).strip()
+        return Inequality((f"-({bound})", name[1], bound), (relations[0], relations[0]), text)
     return Inequality((*parts, "".join(current).strip()), tuple(relations), text)
 
 
@@ -261,8 +274,10 @@ def _grouped(opening: str, inner: list[str], closing: str, text: str, depth: int
     if opening.startswith("\\l") and opening != "\\langle":
         return Scalar(text)
     if len(parts) < 2:
-        single = opening == "[" and closing == "]" and parts
-        return Group("[", "]", (parse(parts[0], depth + 1),)) if single else Scalar(text)
+        if opening != "[" or closing != "]" or not parts:
+            return Scalar(text)
+        single = parse(parts[0], depth + 1)
+        return single if isinstance(single, Matrix) else Group("[", "]", (single,))
     opening, closing = ("(", ")") if opening == "\\langle" else (opening, closing)
     return Group(opening, closing, tuple(parse(part, depth + 1) for part in parts))
 
@@ -299,17 +314,24 @@ def interval(inequality: Inequality) -> Group | None:
 def _bag(parts: list[Value], *, braces: bool) -> Value:
     flat: list[Value] = []
     for part in parts:
-        flat += part.parts if isinstance(part, Bag) and not part.braces else (part,)
+        if isinstance(part, Equation) and isinstance(part.right, Bag) and not part.right.braces:  # x = \\pm 2
+            flat += (Equation(part.left, value, part.name, part.text) for value in part.right.parts)
+        else:
+            flat += part.parts if isinstance(part, Bag) and not part.braces else (part,)
     return flat[0] if len(flat) == 1 and not braces else Bag(tuple(flat), braces)
 
 
 def _matrix(kind: str, body: str, depth: int) -> Value:
     rows = []
     for row in _split(_TOKEN.findall(body), {"\\\\"}):
-        if row.strip():
+        if not row.strip():
+            continue
+        if kind.startswith(("align", "gather")):  # the & only lines equations up
+            rows.append((parse("".join(_split(_TOKEN.findall(row), {"&"})), depth + 1),))
+        else:
             rows.append(tuple(parse(cell, depth + 1) for cell in _split(_TOKEN.findall(row), {"&"})))
     if sum(map(len, rows)) > _MAX_PARTS:
         raise TooCostlyError("too many parts")
-    if kind in ("cases", "aligned"):
+    if kind == "cases" or kind.startswith(("align", "gather")):
         return Bag(tuple(cell for row in rows for cell in row))
     return Matrix("determinant" if kind in ("vmatrix", "Vmatrix") else "matrix", tuple(rows))
