@@ -29,7 +29,7 @@ _LETTER = re.compile(r"[A-Za-z']")
 _FORMULA = re.compile(r"[A-Za-z]'*\(")
 _TEXT = re.compile(r"[A-Za-z][A-Za-z .,'()-]*")
 _LONG_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{4,}")
-_BASED = re.compile(r"(-?[0-9A-Z]+)_(?:(\d+)|\{(\d+|[a-z]+)\})")
+_BASED = re.compile(r"\(?(-?[0-9A-Z]+)\)?_(?:(\d+)|\{(\d+|[a-z]+)\})")
 _CHOICE = re.compile(
     r"\(\s*([A-J])\s*\)\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*\(?([A-J])\)?"
 )
@@ -171,8 +171,8 @@ def _compare_words(gold: str, answer: str) -> bool | None:
         if gold_based and answer_based:
             return gold_based == answer_based
         digits, base = gold_based or answer_based or ("", "")
-        if (value := number(answer if gold_based else gold)) is not None:
-            return base == "10" and number(digits) == value
+        value = number(answer if gold_based else gold)
+        return value is not None and base == "10" and number(digits) == value
     if _TIME.fullmatch(gold) and _TIME.fullmatch(answer):
         return _colon_parts(gold) == _colon_parts(answer)
     if _RATIO.fullmatch(gold) and _RATIO.fullmatch(answer):

@@ -50,7 +50,7 @@ _MAX_DIGITS = 3000
 _LOG_2 = 0.30103
 _DECIMAL = re.compile(r"(?<![\d.\\])(\d*)\.(\d+)(?![\d.])")
 # What the parser drops, or adds up, without a word.
-_NO_FORMULA = re.compile(r"[:']|\d\s*_|(?<![\d_])\d+\s+\.?\d|\.\d*\.|\\(?:p?mod|bmod|l?dots)")
+_NO_FORMULA = re.compile(r"[:']|\d\s*_|(?<![\d_^])\d+\s+\.?\d|\.\d*\.|\\(?:p?mod|bmod|l?dots)")
 _MIXED = re.compile(r"(?<![\w.^_{}\\])(\d{1,30})\s*\\frac\{(\d{1,30})\}\{(\d{1,30})\}")
 _BRACKETS = re.compile(r"(?<!\\sqrt)\[([^\[\],;]*)\]")
 _PARENTHESIS_TIMES = re.compile(r"\)\s*(?=\d|\\frac)")

@@ -255,9 +255,9 @@ def _relation(text: str, tokens: list[str], depth: int) -> Value | None:
             current.append(token)
     if not relations:
         return None
-    if len(relations) == 1 and relations[0] in ("<", "\\le") and (name := _ABSOLUTE.match(parts[0])):
+    if len(relations) == 1 and relations[0] in ("<", "\\le") and (bounded := _ABSOLUTE.match(parts[0])):
         bound = "".join(current).strip()
-        return Inequality((f"-({bound})", name[1], bound), (relations[0], relations[0]), text)
+        return Inequality((f"-({bound})", bounded[1], bound), (relations[0], relations[0]), text)
     return Inequality((*parts, "".join(current).strip()), tuple(relations), text)
 
 
@@ -322,7 +322,7 @@ def _bag(parts: list[Value], *, braces: bool) -> Value:
 
 
 def _matrix(kind: str, body: str, depth: int) -> Value:
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for row in _split(_TOKEN.findall(body), {"\\\\"}):
         if not row.strip():
             continue
