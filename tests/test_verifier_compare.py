@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astro_hpc.verifier.compare import compare_exactly, number
+from astro_hpc.verifier.compare import canonical, compare_exactly, number
 from astro_hpc.verifier.judge import judge_math
 from astro_hpc.verifier.limits import TooCostlyError
 from astro_hpc.verifier.normalize import AnswerPolicy, normalize, split_unit
@@ -143,6 +143,30 @@ def test_pairs_from_the_file(title: str, lines: list[str]) -> None:
             wrong.append(line)
     assert lines
     assert not wrong, title
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("0.50", "1/2"),
+        (r"\dfrac12", "1/2"),
+        (r"\frac{1}{2}\text{ cm}", "1/2"),
+        ("007", "7"),
+        ("5.0", "5"),
+        ("1,000", "1000"),
+        (r"45^\circ", "45"),
+        (r"50\%", "50%"),
+        (r"x + \dfrac12", r"x + \frac{1}{2}"),
+        ("", ""),
+    ],
+)
+def test_one_text_for_votes(answer: str, text: str) -> None:
+    assert canonical(answer) == text
+    assert canonical(text) == text
+
+
+def test_votes_keep_units_where_they_count() -> None:
+    assert canonical("5 cm", AnswerPolicy(units="strict")) == "5 cm"
 
 
 def test_policies() -> None:

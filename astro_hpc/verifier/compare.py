@@ -66,6 +66,15 @@ def compare_exactly(gold: str, answer: str, policy: AnswerPolicy = AnswerPolicy(
     return compare_normalized(left, right, policy, lambda a, b: None)
 
 
+def canonical(answer: str, policy: AnswerPolicy = AnswerPolicy()) -> str:  # noqa: B008
+    """One text for answers that are the same at a glance: 0.5, 1/2 and `5/10 cm` are 1/2. Votes are counted by it."""
+    text = normalize(answer)
+    if policy.units == "ignore":
+        text = split_unit(text)[0]
+    value = number(text)
+    return text if value is None else str(value)
+
+
 def compare_normalized(
     gold: str, answer: str, policy: AnswerPolicy, hard: Callable[[str, str], bool | None]
 ) -> bool | None:

@@ -27,10 +27,10 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import VerifierConfig
 from astro_hpc.problems import signs
 from astro_hpc.problems.problem import Problem
-from astro_hpc.verifier.compare import compare_exactly
+from astro_hpc.verifier.compare import canonical, compare_exactly
 from astro_hpc.verifier.extract import extract_answer
 from astro_hpc.verifier.limits import TooCostlyError
-from astro_hpc.verifier.normalize import AnswerPolicy, normalize
+from astro_hpc.verifier.normalize import AnswerPolicy
 
 Outcome = Literal["right", "wrong", "unknown"]
 
@@ -49,7 +49,7 @@ class Verdict:
 
     Attributes:
         outcome: `right`, `wrong` (also when there is no answer), or `unknown`: could not tell within the limits.
-        answer: the extracted answer, normalised as it is compared; None when there is none.
+        answer: the extracted answer as votes compare it (`canonical`); None when there is none.
         seconds: wall clock from the moment a worker took the answer, 0 from the cache; waiting for a free worker is
             left out.
     """
@@ -98,7 +98,7 @@ class VerifierPool:
             return verdict
         began = time.perf_counter()
         policy = self._policy(problem)
-        shown = normalize(answer) if problem.checker == "math" else " ".join(answer.split())
+        shown = canonical(answer, policy) if problem.checker == "math" else " ".join(answer.split())
         outcome = _at_once(problem, answer, policy)
         if outcome is not None:
             verdict.set_result(Verdict(outcome, shown, time.perf_counter() - began))
