@@ -27,11 +27,11 @@ def extract_answer(text: str, markers: Sequence[str] = BOXES) -> str | None:
 
 # --- texts without a marker -----------------------------------------------------------------------------------
 
-_MAX_FREE_CHARS = 20_000
+_MAX_FREE_CHARS = 10_000
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
 _MATH = re.compile(
-    r"\$\$(?P<display>(?:[^$\\]|\\.){1,2000})\$\$|\\\[(?P<bracket>(?:[^\\]|\\(?![\[\]]).){1,2000})\\\]"
-    r"|\$(?P<inline>(?:[^$\\\n]|\\.){1,2000})\$|\\\((?P<round>(?:[^\\\n]|\\(?![()])[^\n]){1,2000})\\\)",
+    r"\$\$(?P<display>(?:[^$\\]|\\.){1,1000})\$\$|\\\[(?P<bracket>(?:[^\\]|\\(?![\[\]]).){1,1000})\\\]"
+    r"|\$(?P<inline>(?:[^$\\\n]|\\.){1,1000})\$|\\\((?P<round>(?:[^\\\n]|\\(?![()])[^\n]){1,1000})\\\)",
     re.DOTALL,
 )
 _ANSWER_PHRASE = re.compile(

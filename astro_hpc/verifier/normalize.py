@@ -141,7 +141,7 @@ _WORDED_SETS = {
     **dict.fromkeys(("all real numbers", "all reals", "\\mathbb{R}"), "(-\\infty,\\infty)"),
 }
 _HEDGE = re.compile(r"^(?:approximately|approx\.?|about|roughly)\s+(?=[\d\\$-])", re.IGNORECASE)
-_TRAILING = re.compile(r"(?:\\+|[.,;:])\s*$")
+_TRAILING = " \\.,;:"
 _ALREADY = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 _QUOTES = re.compile(r"[\"“”`]")
 
@@ -171,8 +171,7 @@ def normalize(text: str) -> str:
     text = _ROOT_SHORT.sub(r"\\sqrt{\1\2}", text)
     text = _SUB_LONG.sub(r"_{\1}", _SUB_SHORT.sub(r"_\1", text))
     text = _POWER_SIGNED.sub(r"^{\1}", _POWER_SHORT.sub(r"^\1", text))
-    while (shorter := _TRAILING.sub("", text).rstrip()) != text:
-        text = shorter
+    text = text.rstrip(_TRAILING)
     if ratio := _WORDED_RATIO.fullmatch(text):
         return f"{ratio[1]}:{ratio[2]}"
     return _WORDED_SETS.get(text.lower() if text.isalpha() or " " in text else text, text)
