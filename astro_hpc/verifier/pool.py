@@ -190,7 +190,7 @@ class VerifierPool:
                     continue
                 with self._lock:
                     self._pending.pop(task.body, None)
-                    if self.cfg.cache_size:
+                    if self.cfg.cache_size and worker.tried:
                         self._cache[task.body] = result[0]
                         if len(self._cache) > self.cfg.cache_size:
                             self._cache.popitem(last=False)
@@ -246,6 +246,7 @@ class _Worker:
         self._buffer = b""
         self._ready = False
         self._count = 0
+        self.tried = False  # whether the last answer got as far as a child
 
     def ask(self, request: str, checker: str) -> tuple[Outcome, float]:
         """Outcome and seconds of one request (JSON).
@@ -253,6 +254,7 @@ class _Worker:
         Raises:
             ConfigError: the worker can't start, for instance within its memory.
         """
+        self.tried = False
         self._ensure_started(checker)
         assert self._process is not None
         assert self._process.stdin is not None
@@ -262,6 +264,7 @@ class _Worker:
             return "unknown", time.monotonic() - began
         deadline = min(deadline, time.monotonic() + self._seconds * _COMPARISON)
         self._count += 1
+        self.tried = True
         body = f'{{"id": {self._count}, {request[1:]}'.encode()
         try:
             self._process.stdin.write(_HEADER.pack(len(body)) + body)
