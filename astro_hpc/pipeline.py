@@ -16,6 +16,7 @@ from typing import Any
 
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
+from astro_hpc.problems.row_files import local_path
 from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
 from astro_hpc.search.shards import TREES, GatherReport, earlier_trees, find_shards, gather, shard_name
 
@@ -338,13 +339,13 @@ def _screened_benchmarks(cfg: RunConfig) -> list[Any]:
 
 
 def _files(cfg: RunConfig, sources: Iterable[Any] = ()) -> dict[str, Path]:
-    """Data files that decide a stage's result: problems, and a prompt style or phrases of the user's own."""
+    """Data files and folders that decide a stage's result: problems, a prompt style or phrases of the user's own."""
     paths = [Path(name) for name in (cfg.model.prompt_style, cfg.clone.phrases) if name.endswith((".yaml", ".yml"))]
     return _source_files(sources) | {str(path): path for path in paths}
 
 
 def _source_files(sources: Iterable[Any]) -> dict[str, Path]:
-    return {str(source.path): source.path for source in sources if source.type == "jsonl"}
+    return {str(path): path for source in sources if (path := local_path(source)) is not None}
 
 
 def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, Any]:

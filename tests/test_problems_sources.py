@@ -9,10 +9,10 @@ import pytest
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import JsonlSource, ReasoningGymSource, SignsSource
-from astro_hpc.problems.decontaminate import decontaminate
+from astro_hpc.problems.decontaminate import Screen, text_key
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.rows import boxed_answer, normalise_gold
-from astro_hpc.problems.sources import load_source, load_sources, read_source, read_sources
+from astro_hpc.problems.sources import load_source, read_source, read_sources
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:
@@ -32,6 +32,10 @@ FORMS = [
     ({"question": "I?", "answer": ["12"]}, "12"),
     ({"problem": "J?", "solution": r"so \boxed 9"}, "9"),
     ({"problem": "K?", "answer": r"the answer is \boxed{8}"}, "8"),
+    ({"problem": "L?", "solution": r"so $x$ is \boxed{1} or \boxed{2}."}, "1, 2"),
+    ({"question": "M?", "final_answer": ["3", 4.0]}, "3, 4"),
+    ({"prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "N?"}], "answer": "1"}, "1"),
+    ({"problem": "O?", "answer": "6", "difficulty": 4.0, "problem_type": "Algebra"}, "6"),
 ]
 
 
@@ -41,6 +45,7 @@ def test_every_usual_form_is_read(tmp_path: Path) -> None:
     assert [problem.answer for problem in problems] == [answer for _, answer in FORMS]
     assert all(problem.checker == "math" and problem.id.startswith("mixed/") for problem in problems)
     assert dict(problems[0].metadata) == {"level": "5", "subject": "Algebra"}
+    assert dict(problems[-1].metadata) == {"level": "4", "subject": "Algebra"}
     assert report.used == report.rows == len(FORMS)
     assert Problem.from_json(json.loads(json.dumps(problems[0].to_json()))) == problems[0]
 
@@ -55,26 +60,43 @@ def test_unusable_rows_are_counted_and_named(tmp_path: Path) -> None:
         {"problem": "D?", "answer": {"value": 1}},
         {"problem": "A?", "answer": "1"},
         {"problem": "E?", "answer": "  "},
+        '{"problem": "cut o',
+        [1],
+        {"problem": "F?", "answer": "proof"},
+        '{"problem": "G?", "answer": NaN}',
+        '{"problem": "half \\ud800", "answer": "1"}',
+        {"problem": "a ?", "answer": "2"},
     ]
     path = write(tmp_path / "rows.jsonl", rows)
     problems, report = read_source(JsonlSource(type="jsonl", path=path))
     assert [problem.text for problem in problems] == ["A?"]
-    assert [where.rpartition(":")[2] for where, _ in report.unusable] == ["3", "4", "5", "6", "8"]
-    assert report.duplicates == (f"{path}:7",)
-    assert report.rows == report.used + len(report.duplicates) + len(report.unusable)
-    assert "5 unusable" in str(report)
+    unusable = {where.rpartition(":")[2]: reason for where, reason in report.unusable.examples}
+    assert list(unusable) == ["3", "4", "5", "6", "8", "9", "10", "11", "12", "13"]
+    assert "not JSON" in unusable["9"]
+    assert "list" in unusable["10"]
+    assert "nothing to check" in unusable["11"]
+    assert report.duplicates.examples == [(f"{path}:7", f"as {path}:1"), (f"{path}:14", f"as {path}:1")]
+    assert report.conflicting.examples == [(f"{path}:14", f"answer '2', but '1' at {path}:1")]
+    assert report.rows == report.used + report.duplicates.count + report.unusable.count == 13
+    assert "10 unusable (first: " in str(report)
+
+
+def test_only_the_first_unusable_rows_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"problem": "A?", "answer": "1"}, *[{"problem": "B?"}] * 100])
+    _, report = read_source(JsonlSource(type="jsonl", path=path))
+    assert (report.unusable.count, len(report.unusable.examples)) == (100, 20)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (['{"problem": '], r"rows.jsonl:1: not JSON"),
-        ([{"problem": "A?", "answer": "1"}, "[1]"], r"rows.jsonl:2: expected a JSON object"),
-        ([{"problem": "A?"}], r"rows.jsonl:1: no answer .* no row of the file is usable"),
+        (['{"problem": '], r"rows.jsonl:1: not JSON .* no row of .* is usable \(1 of 1"),
+        (["[1]"], r"rows.jsonl:1: expected a JSON object"),
+        ([{"problem": "A?"}], r"rows.jsonl:1: no answer .* no row of .* is usable"),
         ([], r"rows.jsonl: has no rows"),
     ],
 )
-def test_broken_files_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+def test_files_without_a_usable_row_are_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=message):
         load_source(JsonlSource(type="jsonl", path=path))
@@ -108,7 +130,10 @@ def test_levels_subjects_limit_and_policy(tmp_path: Path) -> None:
 
 def test_sources_together_drop_repeats_and_benchmarks(tmp_path: Path) -> None:
     long = "How many positive whole numbers below one hundred are divisible by three or by five but not by both"
-    benchmark = [Problem("bench/1", f"{long} of them?", "40"), Problem("bench/2", "What is 2+2?", "4")]
+    benchmarks = {
+        "counting": [Problem("bench/1", f"{long} of them?", "40")],
+        "sums": [Problem("bench/2", "What is 2+2?", "4")],
+    }
     first = write(
         tmp_path / "a.jsonl",
         [
@@ -121,27 +146,58 @@ def test_sources_together_drop_repeats_and_benchmarks(tmp_path: Path) -> None:
         tmp_path / "b.jsonl", [{"problem": "What is 2+3?", "answer": "5"}, {"problem": "New?", "answer": "1"}]
     )
     sources = [JsonlSource(type="jsonl", path=first), JsonlSource(type="jsonl", path=second), SignsSource(count=3)]
-    loaded = read_sources(sources, benchmark, ngram=10)
+    loaded = read_sources(sources, benchmarks, ngram=10)
     assert [problem.text for problem in loaded.problems[:2]] == ["What is 2+3?", "New?"]
     assert len(loaded.problems) == 5
-    assert [(overlap.benchmark_id, overlap.share == 1.0) for overlap in loaded.overlaps] == [
-        ("bench/2", True),
-        ("bench/1", False),
+    assert [(overlap.benchmark, overlap.benchmark_id, overlap.share == 1.0) for overlap in loaded.overlaps] == [
+        ("sums", "bench/2", True),
+        ("counting", "bench/1", False),
     ]
-    assert loaded.reports[1].duplicates
-    assert json.dumps(loaded.to_json())
-    assert load_sources(sources, benchmark) == loaded.problems
+    assert loaded.reports[1].duplicates.examples == [(f"{second}:1", f"as {first}:3")]
+    assert loaded.summary()["contaminated"] == {"sums": 1, "counting": 1}
+    said: list[str] = []
+    loaded.report(tmp_path / "run" / "problems.json", said.append)
+    written = json.loads((tmp_path / "run" / "problems.json").read_text())
+    assert written == json.loads(json.dumps(loaded.to_json()))
+    assert written["contaminated"]["by_benchmark"] == {"sums": 1, "counting": 1}
+    assert {row["benchmark_problem"] for row in written["contaminated"]["dropped"]} == {"bench/1", "bench/2"}
+    for report in written["sources"]:
+        counts = [report[key] for key in ("used", "filtered", "contaminated", "over_limit", "outside_mixture")]
+        assert report["rows"] == sum(counts) + report["duplicates"]["count"] + report["unusable"]["count"]
+    assert said[0] == "a: 1 of 3 used, 2 like a benchmark's"
+    assert said[-1].startswith("2 problems dropped that resemble a benchmark's (sums 1, counting 1)")
+
+
+def test_the_limit_counts_what_is_left_after_screening(tmp_path: Path) -> None:
+    rows = [{"problem": f"What is {i}+{i}?", "answer": str(2 * i)} for i in range(30)]
+    path = write(tmp_path / "a.jsonl", rows)
+    benchmarks = {"b": [Problem(f"b/{i}", f"What is ${i} + {i}$?", "") for i in range(20)]}
+    drawn = read_sources([JsonlSource(type="jsonl", path=path, limit=8, seed=3)], benchmarks)
+    assert len(drawn.problems) == 8
+    assert (drawn.reports[0].contaminated, drawn.reports[0].over_limit) == (20, 2)
+    fewer = read_sources([JsonlSource(type="jsonl", path=path, limit=5, seed=3)], benchmarks)
+    assert len(fewer.problems) == 5
+    assert all(problem in drawn.problems for problem in fewer.problems)
+
+
+def test_texts_are_compared_without_case_and_spacing() -> None:
+    assert text_key("Find  $\\dfrac{1}{2}\\,x$.") == text_key("find \\frac{1}{2} x .")
+    assert text_key("Find 12.") != text_key("Find 1 2.")
+    assert text_key("Find $x$.") != text_key("Find $y$.")
 
 
 def test_decontamination_needs_half_of_the_ngrams() -> None:
     words = [f"w{i}" for i in range(40)]
-    benchmark = [Problem("b", " ".join(words), "1")]
+    benchmarks = {"long": [Problem("b", " ".join(words), "1")]}
     half = Problem("half", " ".join(words[:20] + [f"v{i}" for i in range(20)]), "1")
     most = Problem("most", " ".join(words[:30]), "1")
-    kept, dropped = decontaminate([half, most], benchmark, ngram=10)
-    assert [problem.id for problem in kept] == ["half"]
-    assert [overlap.problem_id for overlap in dropped] == ["most"]
-    assert decontaminate([half, most], benchmark, ngram=0) == ([half, most], [])
+    screen = Screen(benchmarks, ngram=10)
+    assert screen.overlap(half) is None
+    found = screen.overlap(most)
+    assert found is not None
+    assert (found.problem_id, found.benchmark, found.benchmark_id) == ("most", "long", "b")
+    assert screen.overlap(most, whole_texts=True) is None
+    assert Screen(benchmarks, ngram=0).overlap(most) is None
 
 
 @pytest.mark.parametrize(

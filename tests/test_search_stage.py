@@ -118,7 +118,10 @@ def make_context(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> StageCo
 
 def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> StageContext:
     context = make_context(cfg, shard, num_shards)
-    assert run(context, model_dir=Path("none"), shard=shard, num_shards=num_shards) == [context.dir / "trees.jsonl"]
+    assert run(context, model_dir=Path("none"), shard=shard, num_shards=num_shards) == [
+        context.dir / "trees.jsonl",
+        context.dir / "problems.json",
+    ]
     return context
 
 

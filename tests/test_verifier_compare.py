@@ -1,12 +1,13 @@
 """Which answers are equal: respellings are, near misses aren't. The hard ones go through the pool's judge."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astro_hpc.verifier.compare import compare_exactly, number
+from astro_hpc.verifier.compare import canonical, compare_exactly, number
 from astro_hpc.verifier.judge import judge_math
 from astro_hpc.verifier.limits import TooCostlyError
 from astro_hpc.verifier.normalize import AnswerPolicy, normalize, split_unit
@@ -120,6 +121,52 @@ def test_equal_answers(line: str) -> None:
 def test_unequal_answers(line: str) -> None:
     gold, answer = line.split(" | ")
     assert equal(gold, answer) is not True
+
+
+def _parts() -> list[tuple[str, list[str]]]:
+    """(title, lines) of the parts of answer_pairs.txt."""
+    parts: list[tuple[str, list[str]]] = []
+    for line in (Path(__file__).parent / "answer_pairs.txt").read_text().splitlines()[1:]:
+        if line.startswith("# "):
+            parts.append((line[2:], []))
+        else:
+            parts[-1][1].append(line)
+    return parts
+
+
+@pytest.mark.parametrize(("title", "lines"), _parts())
+def test_pairs_from_the_file(title: str, lines: list[str]) -> None:
+    wrong = []
+    for line in lines:
+        gold, answer = line[2:].split(" ~ ") if not line.endswith("~ ") else (line[2:-3], "")
+        if (equal(gold, answer) is True) != (line[0] == "="):
+            wrong.append(line)
+    assert lines
+    assert not wrong, title
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("0.50", "1/2"),
+        (r"\dfrac12", "1/2"),
+        (r"\frac{1}{2}\text{ cm}", "1/2"),
+        ("007", "7"),
+        ("5.0", "5"),
+        ("1,000", "1000"),
+        (r"45^\circ", "45"),
+        (r"50\%", "50%"),
+        (r"x + \dfrac12", r"x + \frac{1}{2}"),
+        ("", ""),
+    ],
+)
+def test_one_text_for_votes(answer: str, text: str) -> None:
+    assert canonical(answer) == text
+    assert canonical(text) == text
+
+
+def test_votes_keep_units_where_they_count() -> None:
+    assert canonical("5 cm", AnswerPolicy(units="strict")) == "5 cm"
 
 
 def test_policies() -> None:

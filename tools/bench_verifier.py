@@ -8,6 +8,7 @@ CASES has {"gold", "pred", "expected"} a line, optionally "contested" (left out)
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import resource
@@ -21,7 +22,7 @@ from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.sources import load_source
 from astro_hpc.run.files import read_jsonl
 from astro_hpc.verifier.extract import read_answer
-from astro_hpc.verifier.pool import VerifierPool
+from astro_hpc.verifier.pool import Verdict, VerifierPool
 
 
 def main() -> None:
@@ -112,12 +113,19 @@ def _math500(pool: VerifierPool, path: Path, verbose: bool) -> dict[str, Any]:
 
 
 def _integers(pool: VerifierPool, count: int = 20_000) -> dict[str, Any]:
+    """Integer answers through the two ways in: many at once, and awaited one by one from asyncio."""
     pairs = [(Problem("i", "", str(i)), f"so the answer is $\\boxed{{{i + i % 2}}}$.") for i in range(count)]
-    began = time.perf_counter()
-    right = sum(verdict.outcome == "right" for verdict in pool.verify_many(pairs))
-    seconds = time.perf_counter() - began
-    assert right == count // 2
-    return {"integer_answers_per_second": round(count / seconds)}
+
+    async def gather() -> list[Verdict]:
+        return await asyncio.gather(*(pool.averify(problem, response) for problem, response in pairs))
+
+    figures = {}
+    for name, run in (("many", lambda: pool.verify_many(pairs)), ("async", lambda: asyncio.run(gather()))):
+        began = time.perf_counter()
+        verdicts = run()
+        figures[f"integer_answers_per_second_{name}"] = round(count / (time.perf_counter() - began))
+        assert sum(verdict.outcome == "right" for verdict in verdicts) == count // 2
+    return figures
 
 
 def _hostile(pool: VerifierPool, count: int) -> dict[str, Any]:

@@ -48,15 +48,17 @@ class ReasoningGymSource(Section):
     """Passed to the generator, for instance `{min_terms: 2, max_terms: 3}`."""
 
 
-class JsonlSource(Section):
-    """A JSON Lines file of problems with a final answer each: MATH, AMC, AIME, GSM8K, NeMo-Skills and plain forms."""
+class _RowsSource(Section):
+    """What sources of rows have in common. Read are the forms of MATH, AMC, AIME, GSM8K, NeMo-Skills and plain ones."""
 
-    type: Literal["jsonl"]
-    path: Path
     name: str | None = None
-    """Shown in reports and in problem ids; the file's stem when absent."""
+    """Shown in reports and in problem ids; the last part of the path when absent."""
+    text_column: str | None = None
+    """Where the problem's text is, `a.b` for b within a; None: the usual names are tried."""
+    answer_column: str | None = None
+    """Where the answer is; None: the usual names, then the last boxed answer of the solution."""
     limit: PositiveInt | None = None
-    """Use only this many, drawn with `seed`."""
+    """Use only this many, drawn with `seed` from those that can be used."""
     seed: int = 0
     levels: list[str] | None = None
     """Keep only these levels, for instance ["3", "4", "5"] for MATH."""
@@ -67,16 +69,70 @@ class JsonlSource(Section):
     """How units in answers are read; None: as verifier.units says."""
 
 
-ProblemSource = Annotated[SignsSource | ReasoningGymSource | JsonlSource, Field(discriminator="type")]
+class JsonlSource(_RowsSource):
+    """A JSON Lines file of problems with a final answer each, or a folder of such files (`*.jsonl`)."""
+
+    type: Literal["jsonl"]
+    path: Path
+
+
+class ParquetSource(_RowsSource):
+    """A Parquet file of problems with a final answer each, or a folder of such files; needs pyarrow."""
+
+    type: Literal["parquet"]
+    path: Path
+
+
+class HuggingFaceSource(_RowsSource):
+    """A Hugging Face data set; needs the package `datasets`. Code that comes with a data set is never run."""
+
+    type: Literal["huggingface"]
+    path: str
+    """A local folder, which needs no network, or else a name on the hub, for instance `openai/gsm8k`."""
+    config: str | None = None
+    """The data set's configuration (subset), where it has several."""
+    split: str = "train"
+    revision: str | None = None
+    """Commit or tag on the hub. Name one: without it the data may change between two stages."""
+
+
+ProblemSource = Annotated[
+    SignsSource | ReasoningGymSource | JsonlSource | ParquetSource | HuggingFaceSource, Field(discriminator="type")
+]
+
+
+class MixtureConfig(Section):
+    """How much each source of `problems.train` gives (ours). No problem is used twice.
+
+    A source with fewer problems than its share gives all it has, and the others fill up in proportion to their weights.
+    """
+
+    weights: list[Annotated[float, Field(gt=0)]]
+    """One for each source, in their order; only their proportions count."""
+    size: PositiveInt | None = None
+    """Problems in all; None: as many as keep the proportions exactly (the scarcest source is used up)."""
+    seed: int = 0
+    """Which problems of a source are drawn; a problem's rank is its own, so adding others moves none."""
 
 
 class ProblemsConfig(Section):
     """The problems that are searched and trained on."""
 
     train: list[ProblemSource]
+    mixture: MixtureConfig | None = None
+    """None: all problems of all sources."""
     decontaminate_ngram: Annotated[int, Field(ge=0)] = 10
     """Drop a training problem that shares half of its n-grams of this many words with a benchmark's; 0: off.
     Generated sources are left out: their splits are disjoint by construction."""
+
+    @model_validator(mode="after")
+    def _one_weight_a_source(self) -> ProblemsConfig:
+        if self.mixture is not None and len(self.mixture.weights) != len(self.train):
+            raise ValueError(
+                f"mixture.weights has {len(self.mixture.weights)} entries for {len(self.train)} sources in train; "
+                "give one for each"
+            )
+        return self
 
 
 class VerifierConfig(Section):

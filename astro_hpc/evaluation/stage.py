@@ -26,7 +26,7 @@ from astro_hpc.evaluation.metrics import (
 from astro_hpc.problems import signs
 from astro_hpc.problems.final_answer import closing_brace
 from astro_hpc.problems.problem import Problem
-from astro_hpc.problems.sources import load_source
+from astro_hpc.problems.sources import read_source
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, read_jsonl, write_json_atomic, write_jsonl_atomic
 from astro_hpc.run.progress import Progress
@@ -57,7 +57,10 @@ def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
         raise ConfigError("eval.benchmarks is empty; name at least one held-out source of problems")
     if unknown := set(settings.limits) - set(models):
         raise ConfigError(f"eval.limits names no model of this run: {sorted(unknown)[0]}; models: {', '.join(models)}")
-    benchmarks = {name: load_source(source) for name, source in settings.benchmarks.items()}
+    loaded = {name: read_source(source) for name, source in settings.benchmarks.items()}
+    for name, (_, report) in loaded.items():
+        ctx.say(f"benchmark {name}: {report}")
+    benchmarks = {name: problems for name, (problems, _) in loaded.items()}
     plan = _plan(ctx, models, benchmarks)
     todo = [item for item in plan if item.missing]
     if todo:
@@ -68,7 +71,11 @@ def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
         write_json_atomic(item.folder / "summary.json", row)
     summary = ctx.dir / "summary.json"
     write_json_atomic(summary, {"results": rows, **_comparisons(list(models), list(benchmarks), results)})
-    ctx.count(tokens=sum(row["tokens"] for row in rows), samples=sum(row["k"] * row["num_problems"] for row in rows))
+    ctx.count(
+        tokens=sum(row["tokens"] for row in rows),
+        samples=sum(row["k"] * row["num_problems"] for row in rows),
+        benchmarks={name: report.to_json() for name, (_, report) in loaded.items()},
+    )
     return [*(ctx.dir / name for name in models), summary]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from astro_hpc.problems.problem import Problem
 
+_SPACING = re.compile(r"\\(?:left|right|displaystyle|textstyle|quad|qquad|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|~|\$")
+_FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
 _WORD = re.compile(r"[a-z]+|\d+|[^\sa-z\d]")
 _SHARED = 0.5
 
@@ -20,79 +23,87 @@ class Overlap:
 
     Attributes:
         problem_id: the dropped problem.
-        benchmark_id: the benchmark problem that it resembles most.
+        benchmark: whose problem it resembles most.
+        benchmark_id: that problem.
         share: n-grams of the smaller text that both hold, over all of it; 1.0 for equal texts.
     """
 
     problem_id: str
+    benchmark: str
     benchmark_id: str
     share: float
 
     def to_json(self) -> dict[str, Any]:
-        """For manifests."""
-        return {"problem": self.problem_id, "benchmark": self.benchmark_id, "share": round(self.share, 4)}
+        """For reports."""
+        return {
+            "problem": self.problem_id,
+            "benchmark": self.benchmark,
+            "benchmark_problem": self.benchmark_id,
+            "share": round(self.share, 4),
+        }
 
 
-def decontaminate(
-    problems: Sequence[Problem], benchmark: Sequence[Problem], ngram: int
-) -> tuple[list[Problem], list[Overlap]]:
-    """Split problems into those to keep and those that resemble a benchmark problem.
+class Screen:
+    """Tells problems that resemble a benchmark's.
 
-    A problem goes when it shares at least half of its own or of the benchmark problem's n-grams. Words are runs of
-    letters or of digits, lower-cased, and single other signs; white space and `$` don't count. A text shorter than
-    `ngram` words is one n-gram, so it must be equal.
-
-    Args:
-        problems: candidates for training.
-        benchmark: problems to keep away from.
-        ngram: words of an n-gram; 0 drops equal texts only.
+    One does when it shares at least half of its own or of the benchmark problem's n-grams. Words are runs of letters
+    or of digits, lower-cased, and single other signs; white space, `$` and LaTeX's spacing don't count. A text shorter
+    than an n-gram is one n-gram, so it must be equal.
     """
-    texts = {_key(words(problem.text)): problem.id for problem in benchmark}
-    index: dict[tuple[str, ...], set[int]] = defaultdict(set)
-    sizes: list[int] = []
-    if ngram:
-        for number, problem in enumerate(benchmark):
-            grams = _ngrams(words(problem.text), ngram)
-            sizes.append(len(grams))
-            for gram in grams:
-                index[gram].add(number)
-    kept, dropped = [], []
-    for problem in problems:
+
+    def __init__(self, benchmarks: Mapping[str, Sequence[Problem]], ngram: int) -> None:
+        """`benchmarks` are the problems to keep away from, `ngram` the words of an n-gram; 0 compares whole texts."""
+        self._ngram = ngram
+        self._problems = [(name, problem.id) for name, members in benchmarks.items() for problem in members]
+        self._texts: dict[str, int] = {}
+        self._index: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        self._sizes: list[int] = []
+        for number, problem in enumerate(problem for members in benchmarks.values() for problem in members):
+            tokens = words(problem.text)
+            self._texts.setdefault(" ".join(tokens), number)
+            if ngram:
+                grams = _ngrams(tokens, ngram)
+                self._sizes.append(len(grams))
+                for gram in grams:
+                    self._index[gram].add(number)
+
+    def overlap(self, problem: Problem, whole_texts: bool = False) -> Overlap | None:
+        """The benchmark problem that this one resembles most; None when it resembles none.
+
+        Args:
+            problem: a candidate for training.
+            whole_texts: compare whole texts only.
+        """
         tokens = words(problem.text)
-        overlap: tuple[float, str] | None = None
-        if (same := texts.get(_key(tokens))) is not None:
-            overlap = (1.0, same)
-        elif ngram:
-            share, number = _most_shared(_ngrams(tokens, ngram), index, sizes)
-            overlap = (share, benchmark[number].id) if share >= _SHARED else None
-        if overlap is None:
-            kept.append(problem)
-        else:
-            dropped.append(Overlap(problem.id, overlap[1], overlap[0]))
-    return kept, dropped
+        share, number = 1.0, self._texts.get(" ".join(tokens), -1)
+        if number < 0 and self._ngram and not whole_texts:
+            share, number = self._most_shared(_ngrams(tokens, self._ngram))
+        if number < 0 or share < _SHARED:
+            return None
+        name, problem_id = self._problems[number]
+        return Overlap(problem.id, name, problem_id, share)
+
+    def _most_shared(self, grams: set[tuple[str, ...]]) -> tuple[float, int]:
+        """(largest share, number) over the benchmark problems."""
+        counts: dict[int, int] = defaultdict(int)
+        for gram in grams:
+            for number in self._index.get(gram, ()):
+                counts[number] += 1
+        shared = ((count / min(len(grams), self._sizes[number]), -number) for number, count in counts.items())
+        share, number = max(shared, default=(0.0, 1))
+        return share, -number
 
 
 def words(text: str) -> list[str]:
     """The words of a text as overlap counts them."""
-    return [word for word in _WORD.findall(text.lower()) if word != "$"]
+    plain = unicodedata.normalize("NFKC", text)
+    return _WORD.findall(_FRACTION.sub(r"\\frac", _SPACING.sub(" ", plain)).lower())
 
 
-def _key(tokens: list[str]) -> str:
-    return " ".join(tokens)
+def text_key(text: str) -> str:
+    """Equal for texts that differ in case, white space and LaTeX's spacing only."""
+    return " ".join(words(text))
 
 
 def _ngrams(tokens: list[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(tokens[i : i + size]) for i in range(max(1, len(tokens) - size + 1))}
-
-
-def _most_shared(
-    grams: set[tuple[str, ...]], index: dict[tuple[str, ...], set[int]], sizes: list[int]
-) -> tuple[float, int]:
-    """(largest share, benchmark number) over the benchmark problems."""
-    counts: dict[int, int] = defaultdict(int)
-    for gram in grams:
-        for number in index.get(gram, ()):
-            counts[number] += 1
-    return max(
-        ((count / min(len(grams), sizes[number]), number) for number, count in counts.items()), default=(0.0, -1)
-    )

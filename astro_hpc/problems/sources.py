@@ -3,89 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from astro_hpc.config.base import ConfigError
-from astro_hpc.config.schema import JsonlSource, ProblemSource, ReasoningGymSource, SignsSource
+from astro_hpc.config.schema import (
+    MixtureConfig,
+    ProblemSource,
+    ReasoningGymSource,
+    SignsSource,
+)
 from astro_hpc.problems import signs
-from astro_hpc.problems.decontaminate import Overlap, decontaminate
+from astro_hpc.problems.account import LoadedProblems, SourceReport
+from astro_hpc.problems.decontaminate import Overlap, Screen, text_key
+from astro_hpc.problems.mixture import apportion, draw, shares
 from astro_hpc.problems.problem import Problem
-from astro_hpc.problems.rows import UnusableRow, read_numbered, read_row
-from astro_hpc.run.seeds import derive_seed
+from astro_hpc.problems.row_files import RowsSource, read_rows, source_name
+from astro_hpc.problems.rows import UnusableRow, plain_level, read_row
 
 _TRAIN_SHARE = 0.7
 _MAX_DRAWS_PER_PROBLEM = 50
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of a source's rows: `rows = used + filtered + over_limit + len(duplicates) + len(unusable)`.
-
-    Attributes:
-        name: of the source, as in the problems' ids.
-        rows: rows read, or items generated.
-        used: problems that were returned.
-        filtered: rows of other levels or subjects, or of the other split.
-        over_limit: usable rows left out by `limit`.
-        duplicates: places (`FILE:LINE`) of rows whose text came before.
-        unusable: (place, reason) of rows that make no problem.
-    """
-
-    name: str
-    rows: int
-    used: int
-    filtered: int = 0
-    over_limit: int = 0
-    duplicates: tuple[str, ...] = ()
-    unusable: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """For manifests and reports."""
-        return {
-            "name": self.name,
-            "rows": self.rows,
-            "used": self.used,
-            "filtered": self.filtered,
-            "over_limit": self.over_limit,
-            "duplicates": list(self.duplicates),
-            "unusable": [{"where": where, "reason": reason} for where, reason in self.unusable],
-        }
-
-    def __str__(self) -> str:
-        parts = [f"{self.name}: {self.used} of {self.rows} used"]
-        parts += [f"{self.filtered} filtered"] if self.filtered else []
-        parts += [f"{self.over_limit} over the limit"] if self.over_limit else []
-        parts += [f"{len(self.duplicates)} duplicates"] if self.duplicates else []
-        if self.unusable:
-            where, reason = self.unusable[0]
-            parts += [f"{len(self.unusable)} unusable (first: {where}: {reason})"]
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class LoadedProblems:
-    """Problems with the account of how they came about.
-
-    Attributes:
-        problems: in the sources' order, of different texts.
-        reports: one a source.
-        overlaps: problems dropped because they resemble a benchmark's.
-    """
-
-    problems: list[Problem]
-    reports: list[SourceReport]
-    overlaps: list[Overlap] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """The account alone, for manifests."""
-        return {
-            "problems": len(self.problems),
-            "sources": [report.to_json() for report in self.reports],
-            "decontaminated": [overlap.to_json() for overlap in self.overlaps],
-        }
 
 
 def load_source(source: ProblemSource) -> list[Problem]:
@@ -97,131 +34,156 @@ def read_source(source: ProblemSource) -> tuple[list[Problem], SourceReport]:
     """The problems of one source and what became of its rows.
 
     Raises:
-        ConfigError: the source can't give what is asked of it; a file's error names the line.
+        ConfigError: the source can't give what is asked of it.
     """
-    if isinstance(source, SignsSource):
-        problems = signs.generate(source)
-        return problems, SourceReport("signs", len(problems), len(problems))
-    if isinstance(source, ReasoningGymSource):
-        return _read_reasoning_gym(source)
-    return _read_jsonl(source)
+    loaded = read_sources([source])
+    return loaded.problems, loaded.reports[0]
 
 
-def load_sources(sources: Sequence[ProblemSource], exclude: Iterable[Problem] = (), ngram: int = 10) -> list[Problem]:
-    """The problems of all sources; `read_sources` gives the account too."""
-    return read_sources(sources, exclude, ngram).problems
-
-
-def read_sources(sources: Sequence[ProblemSource], exclude: Iterable[Problem] = (), ngram: int = 10) -> LoadedProblems:
-    """The problems of all sources, without repeated texts and without those that resemble `exclude`'s.
+def read_sources(
+    sources: Sequence[ProblemSource],
+    benchmarks: Mapping[str, Sequence[Problem]] | None = None,
+    ngram: int = 10,
+    mixture: MixtureConfig | None = None,
+) -> LoadedProblems:
+    """The problems of all sources: screened, without repeated texts, limited, and mixed, in this order.
 
     Args:
-        sources: read in this order; of equal texts the first is kept.
-        exclude: benchmark problems. A problem with the text of one is always dropped; one that shares half its
-            n-grams with one only when it comes from a file (generated splits are disjoint by construction).
+        sources: read in this order; of equal texts the first is kept. Texts of rows are compared without regard to
+            case, white space and LaTeX's spacing; generated texts as they are.
+        benchmarks: problems to keep away from, by benchmark. A problem with the text of one is always dropped; one
+            that shares half its n-grams with one only when it is a row (generated splits are disjoint by
+            construction).
         ngram: words of an n-gram; 0 compares whole texts only.
+        mixture: how much each source gives; None: all it has.
+
+    Raises:
+        ConfigError: a source can't give what is asked of it.
     """
-    benchmark = list(exclude)
-    problems: list[Problem] = []
+    screen = Screen(benchmarks or {}, ngram)
+    found: list[list[Problem]] = []
     reports: list[SourceReport] = []
     overlaps: list[Overlap] = []
-    seen: set[str] = set()
+    seen: dict[str, tuple[str, str]] = {}
     for source in sources:
-        found, report = read_source(source)
-        kept, dropped = decontaminate(found, benchmark, ngram if isinstance(source, JsonlSource) else 0)
-        overlaps += dropped
-        fresh = [problem for problem in kept if problem.text not in seen]
-        repeated = tuple(problem.id for problem in kept if problem.text in seen)
-        seen.update(problem.text for problem in fresh)
-        problems += fresh
-        reports.append(_with_duplicates(report, repeated))
-    return LoadedProblems(problems, reports, overlaps)
+        candidates, report = _candidates(source)
+        is_generated = isinstance(source, SignsSource | ReasoningGymSource)
+        fresh = []
+        for place, problem in candidates:
+            if (overlap := screen.overlap(problem, whole_texts=is_generated)) is not None:
+                overlaps.append(overlap)
+                report.contaminated += 1
+            elif _is_first(problem, place, problem.text if is_generated else text_key(problem.text), seen, report):
+                fresh.append(problem)
+        chosen = fresh
+        if not isinstance(source, SignsSource | ReasoningGymSource) and source.limit is not None:
+            chosen = draw(fresh, source.limit, source.seed, "problems", "limit")
+        report.used, report.over_limit = len(chosen), len(fresh) - len(chosen)
+        found.append(chosen)
+        reports.append(report)
+    if mixture is not None:
+        found = _mixed(found, reports, mixture)
+    return LoadedProblems([problem for problems in found for problem in problems], reports, overlaps)
 
 
-def _with_duplicates(report: SourceReport, repeated: tuple[str, ...]) -> SourceReport:
-    if not repeated:
-        return report
-    changed = vars(report) | {"used": report.used - len(repeated), "duplicates": report.duplicates + repeated}
-    return SourceReport(**changed)
+def _is_first(problem: Problem, place: str, key: str, seen: dict[str, tuple[str, str]], report: SourceReport) -> bool:
+    """Whether no text of this key came before; if one did, it is noted as a duplicate."""
+    if key not in seen:
+        seen[key] = (place, problem.answer)
+        return True
+    first, answer = seen[key]
+    report.duplicates.add(place, f"as {first}")
+    if answer != problem.answer:
+        report.conflicting.add(place, f"answer {problem.answer[:40]!r}, but {answer[:40]!r} at {first}")
+    return False
 
 
-# --- JSON Lines -----------------------------------------------------------------------------------------------
+def _mixed(found: list[list[Problem]], reports: list[SourceReport], mixture: MixtureConfig) -> list[list[Problem]]:
+    if mixture.size is None and (empty := [r.name for r, left in zip(reports, found, strict=True) if not left]):
+        raise ConfigError(
+            f"problems.mixture: nothing of source {empty[0]!r} is left after screening, so no proportion can be kept; "
+            "leave it out, or give mixture.size"
+        )
+    counts = shares([len(problems) for problems in found], mixture.weights, mixture.size)
+    wanted = apportion(mixture.size or sum(counts), mixture.weights)
+    for report, problems, count, share in zip(reports, found, counts, wanted, strict=True):
+        report.used, report.outside_mixture = count, len(problems) - count
+        report.short_of_share = max(0, share - count)
+    return [
+        draw(problems, count, mixture.seed, "problems", "mixture")
+        for problems, count in zip(found, counts, strict=True)
+    ]
 
 
-def _read_jsonl(source: JsonlSource) -> tuple[list[Problem], SourceReport]:
-    name = source.name or source.path.stem
-    problems: dict[str, Problem] = {}
-    unusable: list[tuple[str, str]] = []
-    duplicates: list[str] = []
-    rows = filtered = 0
-    for number, row in read_numbered(source.path):
-        rows, place = rows + 1, f"{source.path}:{number}"
+def _candidates(source: ProblemSource) -> tuple[list[tuple[str, Problem]], SourceReport]:
+    """(place, problem) of all that a source has, and the report on the rest."""
+    if isinstance(source, SignsSource):
+        problems = signs.generate(source)
+        return [(f"item {i}", problem) for i, problem in enumerate(problems)], SourceReport("signs", len(problems))
+    if isinstance(source, ReasoningGymSource):
+        return _read_reasoning_gym(source)
+    return _read_rows(source)
+
+
+# --- rows of files and data sets ------------------------------------------------------------------------------
+
+
+def _read_rows(source: RowsSource) -> tuple[list[tuple[str, Problem]], SourceReport]:
+    report = SourceReport(source_name(source))
+    policy = _policy(source)
+    levels = None if source.levels is None else {plain_level(level) for level in source.levels}
+    subjects = None if source.subjects is None else {subject.lower() for subject in source.subjects}
+    found: list[tuple[str, Problem]] = []
+    for place, row in read_rows(source):
+        report.rows += 1
         try:
-            fields = read_row(row)
+            if isinstance(row, UnusableRow):
+                raise row
+            fields = read_row(row, source.text_column, source.answer_column)
         except UnusableRow as error:
-            unusable.append((place, str(error)))
+            report.unusable.add(place, str(error))
             continue
-        if not _wanted(fields.metadata, source):
-            filtered += 1
-        elif fields.text in problems:
-            duplicates.append(place)
-        else:
-            metadata = {**fields.metadata, **_policy(source)}
-            problem_id = Problem.make_id(name, fields.text)
-            problems[fields.text] = Problem(problem_id, fields.text, fields.answer, "math", metadata)
-    if not problems:
-        raise ConfigError(_nothing_usable(source, rows, filtered, unusable))
-    chosen = _limited(list(problems.values()), source)
-    over_limit = len(problems) - len(chosen)
-    return chosen, SourceReport(name, rows, len(chosen), filtered, over_limit, tuple(duplicates), tuple(unusable))
+        level, subject = fields.metadata.get("level"), fields.metadata.get("subject", "")
+        if (levels is not None and level not in levels) or (subjects is not None and subject.lower() not in subjects):
+            report.filtered += 1
+            continue
+        problem_id = Problem.make_id(report.name, fields.text)
+        found.append((place, Problem(problem_id, fields.text, fields.answer, "math", {**fields.metadata, **policy})))
+    if not found:
+        raise ConfigError(_nothing_usable(source, report))
+    return found, report
 
 
-def _wanted(metadata: Mapping[str, Any], source: JsonlSource) -> bool:
-    level, subject = metadata.get("level"), metadata.get("subject")
-    if source.levels is not None and level not in {_plain_level(wanted) for wanted in source.levels}:
-        return False
-    return source.subjects is None or (subject or "").lower() in {wanted.lower() for wanted in source.subjects}
-
-
-def _plain_level(level: str) -> str:
-    return level.removeprefix("Level ").strip()
-
-
-def _policy(source: JsonlSource) -> dict[str, Any]:
-    policy = {key: value for key in ("percent", "units") if (value := getattr(source, key, None)) is not None}
+def _policy(source: RowsSource) -> dict[str, Any]:
+    policy = {key: value for key in ("percent", "units") if (value := getattr(source, key)) is not None}
     return {"answer_policy": policy} if policy else {}
 
 
-def _limited(problems: list[Problem], source: JsonlSource) -> list[Problem]:
-    """`limit` of the problems, drawn with `seed`, in the file's order."""
-    if source.limit is None or source.limit >= len(problems):
-        return problems
-    rng = random.Random(derive_seed(source.seed, "jsonl", "limit"))
-    return [problems[i] for i in sorted(rng.sample(range(len(problems)), source.limit))]
-
-
-def _nothing_usable(source: JsonlSource, rows: int, filtered: int, unusable: list[tuple[str, str]]) -> str:
-    if unusable:
-        where, reason = unusable[0]
-        return f"{where}: {reason}; no row of the file is usable ({len(unusable)} of {rows} for such reasons)"
-    if filtered:
-        return f"{source.path}: no row has the levels or subjects asked for ({rows} rows); check levels and subjects"
-    return f"{source.path}: has no rows; give a file with one problem a line"
+def _nothing_usable(source: RowsSource, report: SourceReport) -> str:
+    if report.unusable.count:
+        where, reason = report.unusable.examples[0]
+        return (
+            f"{where}: {reason}; no row of {source.path} is usable "
+            f"({report.unusable.count} of {report.rows} for such reasons)"
+        )
+    if report.filtered:
+        return f"{source.path}: no row has the levels or subjects asked for, of {report.rows}; check them"
+    return f"{source.path}: has no rows; give at least one problem"
 
 
 # --- reasoning-gym --------------------------------------------------------------------------------------------
 
 
-def _read_reasoning_gym(source: ReasoningGymSource) -> tuple[list[Problem], SourceReport]:
+def _read_reasoning_gym(source: ReasoningGymSource) -> tuple[list[tuple[str, Problem]], SourceReport]:
     """Items in order until `count` different questions of the split are found.
 
     An item depends on (seed, index) only, and the verifier makes it again to score an answer. The split is a hash
     of the question, because different seeds give the same questions.
     """
     dataset = make_reasoning_gym(source.dataset, source.seed, source.params)
-    problems: dict[str, Problem] = {}
-    duplicates: list[str] = []
-    filtered = index = 0
+    problems: dict[str, tuple[str, Problem]] = {}
+    report = SourceReport(f"reasoning_gym/{source.dataset}")
+    index = 0
     while len(problems) < source.count:
         if index >= source.count * _MAX_DRAWS_PER_PROBLEM + 1000:
             raise ConfigError(
@@ -231,9 +193,9 @@ def _read_reasoning_gym(source: ReasoningGymSource) -> tuple[list[Problem], Sour
         entry = dataset[index]
         text, answer = entry["question"], entry.get("answer")
         if _text_split(text) != source.split:
-            filtered += 1
+            report.filtered += 1
         elif text in problems:
-            duplicates.append(f"item {index}")
+            report.duplicates.add(f"item {index}", f"as {problems[text][0]}")
         else:
             metadata = {
                 "dataset": source.dataset,
@@ -241,11 +203,12 @@ def _read_reasoning_gym(source: ReasoningGymSource) -> tuple[list[Problem], Sour
                 "params": dict(source.params),
                 "index": index,
             }
-            problem_id = Problem.make_id(f"reasoning_gym/{source.dataset}", text)
-            problems[text] = Problem(problem_id, text, "" if answer is None else str(answer), "reasoning_gym", metadata)
+            problem_id = Problem.make_id(report.name, text)
+            gold = "" if answer is None else str(answer)
+            problems[text] = (f"item {index}", Problem(problem_id, text, gold, "reasoning_gym", metadata))
         index += 1
-    found = list(problems.values())
-    return found, SourceReport(f"reasoning_gym/{source.dataset}", index, len(found), filtered, 0, tuple(duplicates))
+    report.rows = index
+    return list(problems.values()), report
 
 
 def make_reasoning_gym(dataset: str, seed: int, params: Mapping[str, Any]) -> Any:

@@ -32,7 +32,9 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
         ConfigError: no problem falls within the window.
     """
     cfg, settings = ctx.cfg, ctx.cfg.select
-    problems = training_problems(cfg, settings.problems).problems
+    loaded = training_problems(cfg, settings.problems)
+    loaded.report(ctx.dir / "problems.json", ctx.say)
+    problems = loaded.problems
     rates = {row["id"]: row for row in Journal.read(ctx.dir / "rates.jsonl")}
     waiting = [problem for problem in problems if problem.id not in rates]
     tokens = sum(row["tokens"] for row in rates.values())
@@ -104,4 +106,4 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
         unknown=sum(row["unknown"] for row in rates.values()),
         tokens=tokens,
     )
-    return [prompts]
+    return [prompts, ctx.dir / "problems.json"]

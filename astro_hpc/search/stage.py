@@ -12,8 +12,9 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import ProblemSource, RunConfig
 from astro_hpc.inference import make_engine
 from astro_hpc.inference.engine import Engine
+from astro_hpc.problems.account import LoadedProblems
 from astro_hpc.problems.problem import Problem
-from astro_hpc.problems.sources import LoadedProblems, load_source, read_sources
+from astro_hpc.problems.sources import load_source, read_sources
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, Lock
 from astro_hpc.run.stage import CheckpointedExit, StageContext
@@ -33,7 +34,7 @@ def run(
 
     `trees.jsonl` is a `Journal`: one finished tree (`Tree.to_json`) a line, durable before the next. A killed
     shard loses the trees in flight and nothing else. `attempts.jsonl` holds what each attempt took that ended in
-    order, by itself or when asked to stop.
+    order, by itself or when asked to stop. `problems.json` says what became of every source's rows.
 
     Args:
         ctx: the stage's context.
@@ -49,10 +50,8 @@ def run(
     """
     cfg = ctx.cfg
     loaded = training_problems(cfg)
-    for report in loaded.reports:
-        ctx.say(str(report))
-    if loaded.overlaps:
-        ctx.say(f"{len(loaded.overlaps)} problems dropped because they resemble a benchmark's")
+    report = ctx.dir / "problems.json"
+    loaded.report(report, ctx.say)
     problems = in_shard(loaded.problems, shard, num_shards)
     if not loaded.problems:
         raise ConfigError("problems.train gives no problem to search; see what became of its rows above")
@@ -81,20 +80,22 @@ def run(
             _search(ctx, missing, model_dir, journal, statistics)
     for attempt in Journal.read(ctx.dir / ATTEMPTS):
         cost.add(attempt)
-    ctx.count(problems=loaded.to_json(), **statistics.to_json(), **cost.to_json())
+    ctx.count(problems=loaded.summary(), **statistics.to_json(), **cost.to_json())
     ctx.say(f"{statistics.solved} of {statistics.trees} trees hold a right answer")
-    return [path]
+    return [path, report]
 
 
 def training_problems(cfg: RunConfig, sources: Sequence[ProblemSource] | None = None) -> LoadedProblems:
     """Problems to learn from, those that resemble a benchmark's left out, with the account of all rows.
 
     Args:
-        sources: where they are from; the training problems when absent.
+        sources: where they are from, all of each; the mixture of training problems when absent.
     """
     ngram = cfg.problems.decontaminate_ngram
-    benchmarks = [p for source in cfg.eval.benchmarks.values() for p in load_source(source)] if ngram else []
-    return read_sources(sources or cfg.problems.train, benchmarks, ngram)
+    benchmarks = {name: load_source(source) for name, source in cfg.eval.benchmarks.items()} if ngram else {}
+    if sources:
+        return read_sources(sources, benchmarks, ngram)
+    return read_sources(cfg.problems.train, benchmarks, ngram, cfg.problems.mixture)
 
 
 def _search(

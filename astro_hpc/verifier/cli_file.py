@@ -13,7 +13,7 @@ from typing import Any
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import VerifierConfig
 from astro_hpc.problems.problem import Problem
-from astro_hpc.problems.rows import read_numbered
+from astro_hpc.problems.row_files import read_numbered
 from astro_hpc.verifier.extract import read_answer
 from astro_hpc.verifier.pool import Verdict, VerifierPool
 

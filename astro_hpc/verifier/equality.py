@@ -8,10 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from astro_hpc.verifier.structure import Bag, Equation, Group, Inequality, Matrix, Scalar, Union, Value, is_name
+from astro_hpc.verifier.structure import (
+    FLIPPED,
+    Bag,
+    Equation,
+    Group,
+    Inequality,
+    Matrix,
+    Scalar,
+    Union,
+    Value,
+    interval,
+)
 
 ScalarComparison = Callable[[str, str], bool | None]
 
+_ASSERTS_NOTHING = re.compile(r"[A-Za-z:]")  # a side that may name or define the other
 _OPAQUE = re.compile(r"\\(?:begin|cap|setminus|mathbb)(?![a-z])")
 
 
@@ -36,6 +48,8 @@ def compare(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | Non
             return scalars(gold.text, answer.text)
         case (Bag(), Bag()):
             return _compare_bags(gold, answer, scalars)
+        case (Bag(), Union() | Group()) if (solutions := _union(gold)) is not None:
+            return compare(solutions, answer, scalars)
         case (Union(), Union()):
             return _unordered(gold.parts, answer.parts, scalars)
         case (Group(), Group()):
@@ -44,9 +58,9 @@ def compare(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | Non
                 return False
             return _ordered(gold.parts, answer.parts, scalars)
         case (Group(), Bag()) if not answer.braces and (gold.opening, gold.closing) == ("(", ")"):
-            return _ordered(gold.parts, answer.parts, scalars)
+            return not _one_name(answer) and _ordered(gold.parts, _by_name(answer.parts), scalars)
         case (Bag(), Group()) if not gold.braces and (answer.opening, answer.closing) == ("(", ")"):
-            return _ordered(gold.parts, answer.parts, scalars)
+            return not _one_name(gold) and _ordered(_by_name(gold.parts), answer.parts, scalars)
         case (Scalar(), Bag()) | (Bag(), Scalar()):
             return _compare_bag_and_single(gold, answer, scalars)
         case (Scalar(), _) | (_, Scalar()):
@@ -65,6 +79,28 @@ def _ordered(gold: tuple[Value, ...], answer: tuple[Value, ...], scalars: Scalar
             return False
         unsure |= equal is None
     return None if unsure else True
+
+
+def _union(bag: Bag) -> Union | None:
+    """`x < 1 or x > 2` as a union of intervals; None for a list of anything else."""
+    intervals = [interval(part) for part in bag.parts if isinstance(part, Inequality)]
+    if len(intervals) < len(bag.parts):
+        return None
+    known = tuple(part for part in intervals if part is not None)
+    return Union(known) if len(known) == len(intervals) else None
+
+
+def _one_name(bag: Bag) -> bool:
+    """Whether a list gives several values of one thing, `x = 1, x = 2`: no point."""
+    return len({part.name for part in bag.parts if isinstance(part, Equation) and part.name}) == 1
+
+
+def _by_name(parts: tuple[Value, ...]) -> tuple[Value, ...]:
+    """`y = 1, x = 2` in the order of a point, x first; anything but values of different letters as it is."""
+    names = [part.name for part in parts if isinstance(part, Equation) and part.name and len(part.name) == 1]
+    if len(names) < len(parts) or len(set(names)) < len(names):
+        return parts
+    return tuple(part for _, part in sorted(zip(names, parts, strict=True), key=lambda pair: pair[0]))
 
 
 def _unordered(gold: tuple[Value, ...], answer: tuple[Value, ...], scalars: ScalarComparison) -> bool | None:
@@ -111,6 +147,9 @@ def _compare_equations(gold: Value, answer: Value, scalars: ScalarComparison) ->
     if isinstance(gold, Equation):
         return compare(gold.right, answer, scalars) if gold.name is not None else False
     assert isinstance(answer, Equation)
+    asserts = not _ASSERTS_NOTHING.search(answer.left)
+    if asserts and isinstance(answer.right, Scalar) and scalars(answer.left, answer.right.text) is False:
+        return False  # 6 = 5
     return compare(gold, answer.right, scalars)  # the answer may show its working: 2 + 3 = 5
 
 
@@ -134,53 +173,49 @@ def _compare_matrices(gold: Value, answer: Value, scalars: ScalarComparison) -> 
     return False
 
 
-_FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
-
-
 def _compare_inequalities(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
     if isinstance(gold, Inequality) and isinstance(answer, Inequality):
+        unsure = False
         for parts, relations in (
             (answer.parts, answer.relations),
-            (answer.parts[::-1], tuple(_FLIPPED[relation] for relation in answer.relations[::-1])),
+            (answer.parts[::-1], tuple(FLIPPED[relation] for relation in answer.relations[::-1])),
         ):
-            if relations == gold.relations and all(scalars(a, b) for a, b in zip(gold.parts, parts, strict=True)):
+            if relations != gold.relations:
+                continue
+            results = [scalars(a, b) for a, b in zip(gold.parts, parts, strict=True)]
+            if all(results):
                 return True
-        return scalars(gold.text, answer.text) if len(gold.relations) == len(answer.relations) == 1 else False
+            unsure |= False not in results
+        if len(gold.relations) == len(answer.relations) == 1:
+            return scalars(gold.text, answer.text)
+        return None if unsure else False
     if isinstance(gold, Inequality):
-        interval = _interval(gold)
-        return None if interval is None else compare(interval, answer, scalars)
+        solutions = interval(gold)
+        return None if solutions is None else compare(solutions, answer, scalars)
     # An inequality for a gold set says more than was asked, or less: which variable? Left to the caller.
     return None if isinstance(gold, Group | Union) else False
-
-
-def _interval(inequality: Inequality) -> Value | None:
-    """The set of a variable's values, where the inequality bounds one variable by itself."""
-    parts, relations = inequality.parts, inequality.relations
-    if all(relation in (">", "\\ge") for relation in relations):
-        parts, relations = parts[::-1], tuple(_FLIPPED[relation] for relation in relations[::-1])
-    if not all(relation in ("<", "\\le") for relation in relations):
-        return None
-    if len(parts) == 3 and is_name(parts[1]):
-        low, high = parts[0], parts[2]
-        brackets = ("(" if relations[0] == "<" else "[", ")" if relations[1] == "<" else "]")
-    elif len(parts) == 2 and is_name(parts[0]):
-        low, high, brackets = "-\\infty", parts[1], ("(", ")" if relations[0] == "<" else "]")
-    elif len(parts) == 2 and is_name(parts[1]):
-        low, high, brackets = parts[0], "\\infty", ("(" if relations[0] == "<" else "[", ")")
-    else:
-        return None
-    return Group(*brackets, (Scalar(low), Scalar(high)))
 
 
 def _compare_bag_and_single(gold: Value, answer: Value, scalars: ScalarComparison) -> bool | None:
     """A list is a single value where it says the same one twice (`1.5 or 3/2`), or is a decimal comma (`1,22`)."""
     if isinstance(gold, Bag):
-        return isinstance(answer, Scalar) and gold.decimal == answer.text
+        assert isinstance(answer, Scalar)
+        if answer.listed and not gold.braces:
+            return _unordered(gold.parts, tuple(map(Scalar, answer.listed)), scalars)
+        return gold.decimal == answer.text or _says_one_value(gold, answer, scalars, list_is_answer=False)
     assert isinstance(gold, Scalar)
     assert isinstance(answer, Bag)
     if answer.decimal == gold.text:
         return True
-    if answer.braces or not all(isinstance(part, Scalar) for part in answer.parts):
+    if gold.listed:
+        return _unordered(tuple(map(Scalar, gold.listed)), answer.parts, scalars)
+    return _says_one_value(answer, gold, scalars, list_is_answer=True)
+
+
+def _says_one_value(bag: Bag, single: Scalar, scalars: ScalarComparison, list_is_answer: bool) -> bool | None:
+    """Whether every part of a list is the single value: 4/5 or 0.8."""
+    if bag.braces or not all(isinstance(part, Scalar) for part in bag.parts):
         return False
-    results = [scalars(gold.text, part.text) for part in answer.parts if isinstance(part, Scalar)]
+    texts = [part.text for part in bag.parts if isinstance(part, Scalar)]
+    results = [scalars(single.text, text) if list_is_answer else scalars(text, single.text) for text in texts]
     return False if False in results else None if None in results else True

@@ -5,20 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from astro_hpc.problems.final_answer import BOXES, closing_brace, last_marked, last_match
+from astro_hpc.problems.final_answer import BOX, BOXES, is_listing, last_marked, last_match, listed_boxes
 
 __all__ = ["BOXES", "extract_answer"]
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_MAX_GAP_CHARS = 60
-_MAX_BOXES = 32
-_MAX_GAP_WORDS = 4
-_SPACING = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|[,;:! ]|[()\[\]])|[$~{}]")
-_CONNECTOR = re.compile(r"[,;&]|\b(?:and|or)\b")
-_NAMES_NEXT = re.compile(r"[a-z]\w*(?:\s*\([a-z]\))?\s*=\s*$")
-_BREAK = re.compile(
-    r"[.!?:=<>]\s|\n\s*\n|\b(?:so|but|not|no|wait|then|thus|hence|therefore|is|are|gives|instead|actually)\b"
-)
 
 
 def extract_answer(text: str, markers: Sequence[str] = BOXES) -> str | None:
@@ -33,66 +22,27 @@ def extract_answer(text: str, markers: Sequence[str] = BOXES) -> str | None:
     last = last_marked(text, markers)
     if last is None or not any(marker in BOXES for marker in markers):
         return last
-    return _listed_boxes(text) or last
-
-
-def _listed_boxes(text: str) -> str | None:
-    """The contents of the boxes listed at the end, comma-separated; None when the last box stands alone."""
-    starts = _last_boxes(text)
-    contents: list[str] = []
-    following: int | None = None
-    for start, begin in reversed(starts):
-        end = closing_brace(text, begin)
-        if end is None:
-            break
-        if following is not None and (end > following or not _is_listing(text[end + 1 : following])):
-            break
-        contents.append(text[begin:end].strip())
-        following = start
-    return ", ".join(reversed(contents)) if len(contents) > 1 else None
-
-
-def _last_boxes(text: str) -> list[tuple[int, int]]:
-    """(start, start of the content) of the last few boxes, in order."""
-    end = len(text)
-    found: list[tuple[int, int]] = []
-    while len(found) < _MAX_BOXES:
-        start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
-        if start < 0:
-            break
-        if match := _BOX.match(text, start):
-            found.append((start, match.end()))
-        elif not text.startswith("\\fbox", start):
-            break
-        end = start
-    return found[::-1]
-
-
-def _is_listing(gap: str) -> bool:
-    """Whether what stands between two boxes only lists them."""
-    if len(gap) > _MAX_GAP_CHARS:
-        return False
-    plain = _SPACING.sub(lambda match: match.group(1) or " ", gap).lower()
-    plain = _NAMES_NEXT.sub(" ", plain)
-    if _BREAK.search(plain):
-        return False
-    if not plain.strip():
-        return "\n" not in gap
-    return bool(_CONNECTOR.search(plain)) and len(plain.split()) <= _MAX_GAP_WORDS
+    return listed_boxes(text) or last
 
 
 # --- texts without a marker -----------------------------------------------------------------------------------
 
-_MAX_FREE_CHARS = 20_000
+_MAX_FREE_CHARS = 10_000
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>")
 _MATH = re.compile(
-    r"\$\$(?P<display>(?:[^$\\]|\\.){1,2000})\$\$|\\\[(?P<bracket>(?:[^\\]|\\(?![\[\]]).){1,2000})\\\]"
-    r"|\$(?P<inline>(?:[^$\\\n]|\\.){1,2000})\$|\\\((?P<round>(?:[^\\\n]|\\(?![()])[^\n]){1,2000})\\\)",
+    r"\$\$(?P<display>(?:[^$\\]|\\.){1,1000})\$\$|\\\[(?P<bracket>(?:[^\\]|\\(?![\[\]]).){1,1000})\\\]"
+    r"|\$(?P<inline>(?:[^$\\\n]|\\.){1,1000})\$|\\\((?P<round>(?:[^\\\n]|\\(?![()])[^\n]){1,1000})\\\)",
     re.DOTALL,
 )
 _ANSWER_PHRASE = re.compile(
-    r"\b(?:final\s+)?answer\b(?:[^.\n]{0,80}?\b(?:is|are)\b|\s*\**\s*:)?\s*:?\**", re.IGNORECASE
+    r"\b(?:final\s+)?answer\b(?:[^.\n]{0,80}?\b(?:is|are)\b|\s*\**\s*:)?\s*:?\**"
+    r"|\bcorrect\s+(?:option|choice)\s+is\b\s*:?\**"
+    r"|\b(?:solutions|roots|answers|values)\s+(?:of\s+\S{1,20}\s+)?are\b\s*:?\**",
+    re.IGNORECASE,
 )
+_GSM8K_LINE = re.compile(r"^####\s*(\S[^\n]*)", re.MULTILINE)
+_LEAD = re.compile(r"^(?:so|thus|hence|therefore|then|we\s+(?:get|have|find)|that's|it's)\b[\s,:]*", re.IGNORECASE)
+_SENTENCE = re.compile(r"\s*(?:[A-Z][a-z]*|That's|It's)\s+[a-z][a-z']*\s.*[\d\x00]", re.DOTALL)
 _FINAL_PHRASE = re.compile(r"\bfinal\s+answer\s+(?:is|are)\b\s*:?\**", re.IGNORECASE)
 _HOPE = re.compile(r"\.?\s*I hope it is correct\.?.*", re.IGNORECASE | re.DOTALL)
 _PROSE_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,40}(?![A-Za-z]{0,40}\()")
@@ -100,6 +50,7 @@ _NUMBER = re.compile(
     r"(?<![\w.\\^_{])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s*/\s*\d+|\d+,\d{2}(?!\d)|\d*\.\d+|\d+)"
     r"(?:\s*(?:\\?%|percent\b|pct\b))?"
 )
+_PLAIN_GROUP = re.compile(r"[(\[]\s*[-+]?[\d./]{1,20}(?:\s*,\s*[-+]?[\d./]{1,20}){1,8}\s*[)\]]")
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}")
 _SHOWN_RELATION = re.compile(r"\b[A-Za-z]\w{0,20}\s{0,5}(?:\\in\b|\\?[<>]=?|\\[lg]eq?t?\b|!=|=|\\neq?\b)\s{0,5}\S+")
 _LABEL = re.compile(r"\s*[A-Za-z]{3,}\s*:\s")
@@ -109,8 +60,9 @@ _PROSE_WORDS = 3
 def read_answer(text: str) -> str | None:
     r"""The answer in a text that may be a whole response or just an answer, boxed or not.
 
-    In this order: the last `\boxed{}`; the text itself when it is no prose; what follows `(final) answer (is)`; the
-    last formula; the last number. Meant for files of mixed origin: a model that is trained gets `extract_answer`.
+    In this order: the last `\boxed{}`; the last `####` line; the text itself when it is no prose; what follows
+    `(final) answer (is)`; the last formula; the last number or point. Meant for files of mixed origin: a model that
+    is trained gets `extract_answer`.
 
     Returns:
         None when nothing looks like an answer.
@@ -120,8 +72,11 @@ def read_answer(text: str) -> str | None:
         boxed = extract_answer(text)
         if boxed is not None:
             return _stated_last(text[text.rfind("box") :]) or boxed
-        text = _BOX.sub(" ", text)  # never closed: what is there counts
+        text = BOX.sub(" ", text)  # never closed: what is there counts
     text = _CONTROL_TOKEN.split(text[-_MAX_FREE_CHARS:])[0] if "<|" in text else text[-_MAX_FREE_CHARS:]
+    if marked := last_match(_GSM8K_LINE, text):
+        return marked[1].strip()
+    text = _LEAD.sub("", text.strip())
     formulas = list(_MATH.finditer(text))
     outside = _MATH.sub(" \x00 ", text)
     if not _is_prose(outside, bool(formulas)):
@@ -145,8 +100,12 @@ def _is_prose(outside: str, has_formulas: bool) -> bool:
     words = _PROSE_WORD.findall(_TEXT_COMMAND.sub(" ", outside))
     words = [word for word in words if word.lower() not in ("and", "or")]
     if not has_formulas:
-        labelled = "answer" in outside.lower() or _LABEL.match(outside) is not None
-        return labelled or (len(words) >= _PROSE_WORDS and bool(re.search(r"[\d$\\=]", outside)))
+        labelled = "answer" in outside.lower() or _LABEL.match(outside) or _SENTENCE.match(outside)
+        return (
+            bool(labelled)
+            or _ANSWER_PHRASE.search(outside) is not None
+            or (len(words) >= _PROSE_WORDS and bool(re.search(r"[\d$\\=]", outside)))
+        )
     return bool(words)
 
 
@@ -168,7 +127,7 @@ def _first_answer(tail: str) -> str | None:
     if formulas and not _PROSE_WORD.search(sentence[: formulas[0].start()]):
         listed = [formulas[0]]
         for formula in formulas[1:]:
-            if not _is_listing(sentence[listed[-1].end() : formula.start()]):
+            if not is_listing(sentence[listed[-1].end() : formula.start()]):
                 break
             listed.append(formula)
         return ", ".join(map(_body, listed)) + _percent_after(sentence[listed[-1].end() :])
@@ -187,6 +146,9 @@ def _last_answer(text: str, formulas: list[re.Match[str]]) -> str | None:
     number, relation = last_match(_NUMBER, rest), last_match(_SHOWN_RELATION, rest)
     if relation is not None and (number is None or relation.end() >= number.end()):
         return relation.group().strip(" .")
+    group = last_match(_PLAIN_GROUP, rest)
+    if group is not None and (number is None or group.end() > number.end()):
+        return group.group()
     if number is not None:
         return number.group()
     if not formulas:

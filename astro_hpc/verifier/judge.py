@@ -12,6 +12,7 @@ import math_verify
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
 from latex2sympy2_extended.logic import And
 from sympy import (
+    Add,
     Basic,
     Derivative,
     Expr,
@@ -20,6 +21,7 @@ from sympy import (
     Integral,
     Limit,
     MatrixBase,
+    Pow,
     Product,
     Rational,
     Set,
@@ -27,6 +29,7 @@ from sympy import (
     Symbol,
     nan,
     oo,
+    preorder_traversal,
     zoo,
 )
 from sympy.core.function import AppliedUndef
@@ -41,12 +44,19 @@ logging.disable(logging.CRITICAL)
 _SPELLING = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 _LATEX = [math_verify.LatexExtractionConfig(normalization_config=_SPELLING)]
 _DIGITS = 60
-_EQUAL = 45
 _TINY = 40
+_SLACK, _NOISE = 15, 20
+_MAX_DIGITS = 3000
+_LOG_2 = 0.30103
 _DECIMAL = re.compile(r"(?<![\d.\\])(\d*)\.(\d+)(?![\d.])")
+# What the parser drops, or adds up, without a word.
+_NO_FORMULA = re.compile(r"[:']|\d\s*_|(?<![\d_^])\d+\s+\.?\d|\.\d*\.|\\(?:p?mod|bmod|l?dots)")
+_MIXED = re.compile(r"(?<![\w.^_{}\\])(\d{1,30})\s*\\frac\{(\d{1,30})\}\{(\d{1,30})\}")
+_BRACKETS = re.compile(r"(?<!\\sqrt)\[([^\[\],;]*)\]")
+_PARENTHESIS_TIMES = re.compile(r"\)\s*(?=\d|\\frac)")
+_NUMBER_TIMES = re.compile(r"(?<![\w.^}])(\d+(?:\.\d+)?|\d+\))\s*\((?=\s*-?\d)|(?<=\d\))\s*\((?=\s*-?\d)")
 _IRRATIONAL = re.compile(r"\\sqrt|\\pi|\\ln|\\log|\\sin|\\cos|\\tan|\\exp|\\frac\{\\pi|\be\b")
 _MIN_ROUNDED_DECIMALS = 3
-_MAX_EXACT_DIGITS = 3000
 _WARM_UP = (
     r"x^{2}-3x\cdot y+\frac{1}{2}",
     r"(2x-1)(2x+3)",
@@ -113,8 +123,8 @@ def judge_math(gold: str, answer: str, policy: AnswerPolicy) -> bool | None:
 def compare_by_sympy(gold: str, answer: str) -> bool | None:
     """Whether two single values are equal as mathematics.
 
-    Decimals are read as exact fractions. Values without variables are equal when they agree to 45 digits (rational
-    ones: exactly); with variables, when they agree at every one of several points where both are defined.
+    Decimals are read as exact fractions. Rational values are compared exactly, others to 45 digits and more where
+    very large or small numbers occur; with variables, at every one of several points where both are defined.
     A gold answer written as a decimal equals an irrational number that rounds to it.
     """
     a, b = _parse(gold), _parse(answer)
@@ -138,12 +148,34 @@ def compare_by_sympy(gold: str, answer: str) -> bool | None:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Basic | MatrixBase | None:
+    if _NO_FORMULA.search(text):
+        return None
+    text = _PARENTHESIS_TIMES.sub(r")\\cdot ", _BRACKETS.sub(r"(\1)", text))  # (2)5 is 10, not 2 and a fraction
+    text = _NUMBER_TIMES.sub(lambda m: f"{m[1] or ''}\\cdot (", text)
+    text = _MIXED.sub(_improper, text)
     exact = _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
     for spelling in dict.fromkeys((exact, text)):
         parsed = math_verify.parse(f"${spelling}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=None)
         if parsed and isinstance(parsed[0], Basic | MatrixBase):
-            return _with_imaginary_unit(parsed[0])
+            return _with_real_roots(_with_imaginary_unit(parsed[0]))
     return None
+
+
+def _improper(match: re.Match[str]) -> str:
+    """A mixed number as one fraction; a product, where the fraction is none of a mixed number, as it is."""
+    whole, top, bottom = map(int, match.groups())
+    return f"\\frac{{{whole * bottom + top}}}{{{bottom}}}" if 0 < top < bottom else match.group()
+
+
+def _with_real_roots(expression: Basic | MatrixBase) -> Basic | MatrixBase:
+    r"""\sqrt[3]{-8} is -2, as in school; sympy takes the principal root."""
+    roots = {}
+    for part in preorder_traversal(expression):
+        if isinstance(part, Pow) and isinstance(part.exp, Rational) and part.exp.q % 2 and part.exp.q > 1:
+            base = None if part.base.free_symbols else part.base.evalf(_SLACK)
+            if base is not None and base.is_real and base < 0:
+                roots[part] = (-1) ** (part.exp.p % 2) * Pow(-part.base, part.exp)
+    return expression.xreplace(roots) if roots else expression
 
 
 def _with_imaginary_unit(expression: Basic | MatrixBase) -> Basic | MatrixBase:
@@ -176,16 +208,16 @@ def _symbolic_only(expression: Basic) -> bool:
 
 def _same_value(a: Expr, b: Expr, tolerance: float) -> bool | None:
     names = sorted({symbol.name for symbol in a.free_symbols | b.free_symbols})
+    digits = _digits_needed(a, b)
+    if digits is None:
+        return None
     if not names:
-        return _same_number(a, b, tolerance)
+        return _same_number(a, b, tolerance, digits)
     if len(names) > len(_POINTS[0]):
         return bool(math_verify.verify(a, b, float_rounding=_TINY, numeric_precision=_DIGITS, timeout_seconds=None))
     agreed = 0
-    for values in _ratios_at_points(a, b, names):
-        x, y = values
-        scale = max(abs(x), abs(y))
-        allowed = max(scale * Float(10) ** -_TINY, tolerance * max(1, scale)) if scale else 0
-        if abs(x - y) > allowed:
+    for at, x, y in _values_at_points(a, b, names, digits):
+        if not (_agree(x, y, digits, a, b, at) or (tolerance and abs(x - y) <= tolerance * max(1, abs(x), abs(y)))):
             return False
         agreed += 1
     if agreed >= _MIN_POINTS:
@@ -193,48 +225,76 @@ def _same_value(a: Expr, b: Expr, tolerance: float) -> bool | None:
     return bool(math_verify.verify(a, b, float_rounding=_TINY, numeric_precision=_DIGITS, timeout_seconds=None))
 
 
-def _ratios_at_points(a: Expr, b: Expr, names: list[str]) -> list[tuple[Any, Any]]:
-    """The values of both at the points where both are finite; where a variable is negative also real."""
+def _digits_needed(a: Expr, b: Expr) -> int | None:
+    """Digits that tell a + 10^{-99} from a: more than the largest and smallest numbers within; None: too many."""
+    largest = 0
+    for part in {*preorder_traversal(a), *preorder_traversal(b)}:
+        if isinstance(part, Rational):
+            largest = max(largest, int(max(abs(part.p), part.q).bit_length() * _LOG_2))
+        elif isinstance(part, Expr) and not part.free_symbols and not isinstance(part, Add):
+            value = abs(part.evalf(3))
+            if value.is_Float and value.is_finite and value != 0:
+                _, _, exponent, bits = value._mpf_
+                largest = max(largest, int(abs(exponent + bits) * _LOG_2))
+    digits = _DIGITS + 4 * max(0, largest - _NOISE // 4)
+    return digits if digits <= _MAX_DIGITS else None
+
+
+def _agree(x: Any, y: Any, digits: int, a: Expr, b: Expr, at: dict[str, str]) -> bool:
+    """Whether two values to so many digits, of `a` and `b` at a point, are the same."""
+    scale = max(abs(x), abs(y))
+    if scale == 0 or abs(x - y) <= scale * Float(10) ** (_SLACK - digits):
+        return True
+    if scale > Float(10) ** (_NOISE - digits):
+        return False
+    finer = [_value(expression, at, 2 * digits) for expression in (a, b)]  # does what looks like nothing shrink?
+    return all(value is not None and abs(value) < Float(10) ** (_NOISE - 2 * digits) for value in finer)
+
+
+def _values_at_points(a: Expr, b: Expr, names: list[str], digits: int) -> list[tuple[dict[str, str], Any, Any]]:
+    """(point, value, value) of both where both are finite; where a variable is negative also real throughout."""
     found = []
     for point in _POINTS:
         at = dict(zip(names, point, strict=False))
-        x, y = _value(a, at), _value(b, at)
+        negative = any(value.startswith("-") for value in at.values())
+        x, y = _value(a, at, digits), _value(b, at, digits)
         if x is None or y is None:
-            if (x is None) != (y is None) and not any(value.startswith("-") for value in at.values()):
-                found.append((Float(0), Float(1)))  # one is defined where the other isn't
+            if (x is None) != (y is None) and not negative:
+                found.append((at, Float(0), Float(1)))  # one is defined where the other isn't
             continue
-        if any(value.startswith("-") for value in at.values()) and not (x.is_real and y.is_real):
+        if negative and not (x.is_real and y.is_real and _roots_are_real(a, at) and _roots_are_real(b, at)):
             continue
-        found.append((x, y))
+        found.append((at, x, y))
     return found
 
 
-def _value(expression: Expr, at: dict[str, str]) -> Any:
-    """The expression's value at a point, to 60 digits; None where it has none."""
-    values = {s: Float(at[s.name], _DIGITS) for s in expression.free_symbols if isinstance(s, Symbol)}
-    value = expression.xreplace(values).doit().evalf(_DIGITS)
+def _value(expression: Expr, at: dict[str, str], digits: int) -> Any:
+    """The expression's value at a point, to so many digits; None where it has none."""
+    values = {s: Float(at[s.name], digits) for s in expression.free_symbols if isinstance(s, Symbol)}
+    value = expression.xreplace(values).doit().evalf(digits)
     return value if value.is_number and value.is_finite and not value.has(nan, zoo, oo) else None
 
 
-def _same_number(a: Expr, b: Expr, tolerance: float) -> bool | None:
-    x, y = a.evalf(_DIGITS), b.evalf(_DIGITS)
+def _roots_are_real(expression: Expr, at: dict[str, str]) -> bool:
+    r"""Whether no root of a negative value occurs at a point: \sqrt{x}\sqrt{y} is \sqrt{xy} where both are real."""
+    for part in preorder_traversal(expression):
+        if isinstance(part, Pow) and isinstance(part.exp, Rational) and part.exp.q > 1:
+            base = _value(part.base, at, _SLACK)
+            if base is None or not base.is_real or base < 0:
+                return False
+    return True
+
+
+def _same_number(a: Expr, b: Expr, tolerance: float, digits: int) -> bool | None:
+    x, y = a.evalf(digits), b.evalf(digits)
     if not (x.is_number and y.is_number):
         return None
     if not (x.is_finite and y.is_finite):
         return bool(x == y)
-    scale = max(abs(x), abs(y))
     if tolerance and abs(x - y) <= tolerance:
         return True
-    if scale == 0:
-        return True
-    if abs(x - y) > scale * Float(10) ** -_EQUAL:
-        if scale > Float(10) ** -_TINY:
-            return False
-        finer = [value.evalf(4 * _DIGITS) for value in (a, b)]  # does what looks like nothing shrink further?
-        largest = max(abs(value) for value in finer)
-        return bool(largest < Float(10) ** (-2 * _DIGITS) and largest < scale * Float(10) ** -_DIGITS)
-    if not (Float(10) ** -_MAX_EXACT_DIGITS < scale < Float(10) ** _MAX_EXACT_DIGITS):
-        return None
+    if not _agree(x, y, digits, a, b, {}):
+        return False
     exact = [_rebuilt(value.doit()) for value in (a, b)]
     if all(isinstance(value, Rational) for value in exact):
         return bool(exact[0] == exact[1])
@@ -250,10 +310,17 @@ def _same_relation(a: Relational, b: Relational) -> bool | None:
     except (TypeError, AttributeError):
         return bool(math_verify.verify(a, b, timeout_seconds=None))
     names = sorted({symbol.name for symbol in left.free_symbols | right.free_symbols})
-    if not names or len(names) > len(_POINTS[0]) or _symbolic_only(left) or _symbolic_only(right):
+    if not names:  # a statement about numbers: the same only when it says the same of them
+        sides = [_same_value(x, y, 0) for x, y in ((a.lhs, b.lhs), (a.rhs, b.rhs))]
+        return type(a) is type(b) and (None if None in sides and False not in sides else all(sides))
+    if len(names) > len(_POINTS[0]) or _symbolic_only(left) or _symbolic_only(right):
         return bool(math_verify.verify(a, b, timeout_seconds=None))
-    ratios = [x / y for x, y in _ratios_at_points(left, right, names) if x != 0 and y != 0]
-    if len(ratios) < _MIN_POINTS or any(abs(r - ratios[0]) > abs(ratios[0]) * Float(10) ** -_TINY for r in ratios):
+    digits = _digits_needed(left, right)
+    if digits is None:
+        return None
+    ratios = [x / y for _, x, y in _values_at_points(left, right, names, digits) if x != 0 and y != 0]
+    allowed = abs(ratios[0]) * Float(10) ** (_NOISE - digits) if ratios else 0
+    if len(ratios) < _MIN_POINTS or any(abs(ratio - ratios[0]) > allowed for ratio in ratios):
         return False
     if isinstance(a, Equality | Ne):
         return True

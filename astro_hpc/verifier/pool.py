@@ -27,19 +27,20 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import VerifierConfig
 from astro_hpc.problems import signs
 from astro_hpc.problems.problem import Problem
-from astro_hpc.verifier.compare import compare_exactly
+from astro_hpc.verifier.compare import canonical, compare_exactly
 from astro_hpc.verifier.extract import extract_answer
 from astro_hpc.verifier.limits import TooCostlyError
-from astro_hpc.verifier.normalize import AnswerPolicy, normalize
+from astro_hpc.verifier.normalize import AnswerPolicy
 
 Outcome = Literal["right", "wrong", "unknown"]
 
-VERSION = "1"
+VERSION = "2"
 """Of the rules of comparison: part of what a verdict is remembered under."""
 
 _HEADER = struct.Struct("!I")
 _START_SECONDS = 120.0
-_RESERVE = 0.8
+# Shares of the promised seconds: for the comparison itself, and for it with the wait for a killed child's successor.
+_COMPARISON, _ALTOGETHER = 0.6, 0.9
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Verdict:
 
     Attributes:
         outcome: `right`, `wrong` (also when there is no answer), or `unknown`: could not tell within the limits.
-        answer: the extracted answer, normalised as it is compared; None when there is none.
-        seconds: wall clock of the comparison itself, 0 from the cache; waiting for a free worker is left out.
+        answer: the extracted answer as votes compare it (`canonical`); None when there is none.
+        seconds: wall clock from the moment a worker took the answer, 0 from the cache; waiting for a free worker is
+            left out.
     """
 
     outcome: Outcome
@@ -96,7 +98,7 @@ class VerifierPool:
             return verdict
         began = time.perf_counter()
         policy = self._policy(problem)
-        shown = normalize(answer) if problem.checker == "math" else " ".join(answer.split())
+        shown = canonical(answer, policy) if problem.checker == "math" else " ".join(answer.split())
         outcome = _at_once(problem, answer, policy)
         if outcome is not None:
             verdict.set_result(Verdict(outcome, shown, time.perf_counter() - began))
@@ -189,7 +191,7 @@ class VerifierPool:
                     continue
                 with self._lock:
                     self._pending.pop(task.body, None)
-                    if self.cfg.cache_size:
+                    if self.cfg.cache_size and worker.tried:
                         self._cache[task.body] = result[0]
                         if len(self._cache) > self.cfg.cache_size:
                             self._cache.popitem(last=False)
@@ -239,12 +241,13 @@ class _Worker:
 
     def __init__(self, cfg: VerifierConfig) -> None:
         self._memory = cfg.memory_mb << 20
-        self._seconds = cfg.timeout_seconds * _RESERVE
+        self._seconds = cfg.timeout_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._imports: set[str] = set()
         self._buffer = b""
         self._ready = False
         self._count = 0
+        self.tried = False  # whether the last answer got as far as a child
 
     def ask(self, request: str, checker: str) -> tuple[Outcome, float]:
         """Outcome and seconds of one request (JSON).
@@ -252,19 +255,25 @@ class _Worker:
         Raises:
             ConfigError: the worker can't start, for instance within its memory.
         """
-        self._ensure_ready(checker)
+        self.tried = False
+        self._ensure_started(checker)
         assert self._process is not None
         assert self._process.stdin is not None
-        self._count += 1
-        body = f'{{"id": {self._count}, {request[1:]}'.encode()
         began = time.monotonic()
+        deadline = began + self._seconds * _ALTOGETHER
+        if not self._is_ready(deadline):
+            return "unknown", time.monotonic() - began
+        deadline = min(deadline, time.monotonic() + self._seconds * _COMPARISON)
+        self._count += 1
+        self.tried = True
+        body = f'{{"id": {self._count}, {request[1:]}'.encode()
         try:
             self._process.stdin.write(_HEADER.pack(len(body)) + body)
             self._process.stdin.flush()
         except BrokenPipeError:
             self.stop()
             return "unknown", time.monotonic() - began
-        reply = self._read_reply(began + self._seconds)
+        reply = self._read_reply(deadline)
         if reply is None:
             self._ready = False
             self._process.send_signal(signal.SIGUSR2)  # ends the child; its successor will say that it is ready
@@ -284,29 +293,37 @@ class _Worker:
                         pipe.close()
         self._process = None
 
-    def _ensure_ready(self, checker: str) -> None:
+    def _ensure_started(self, checker: str) -> None:
+        """Start the process where there is none, and wait until it has imported what it needs."""
         if checker == "reasoning_gym" and checker not in self._imports:
             self._imports.add(checker)
             self.stop()
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.stop()
+        self._start()
+        line = self._read_line(time.monotonic() + _START_SECONDS)
+        if line is None or "fatal" in line:
             self.stop()
-            self._start()
-        deadline = time.monotonic() + _START_SECONDS
+            why = line["fatal"] if line else f"no sign of life in {_START_SECONDS:.0f} s"
+            raise ConfigError(f"the verifier's worker can't start: {why}; check verifier.memory_mb and the packages")
+        self._ready = True
+
+    def _is_ready(self, deadline: float) -> bool:
+        """Whether a child serves; after one was killed its successor says so, soon."""
         while not self._ready:
             line = self._read_line(deadline)
-            if line is None or "fatal" in line:
-                self.stop()
-                why = line["fatal"] if line else f"no sign of life in {_START_SECONDS:.0f} s"
-                raise ConfigError(
-                    f"the verifier's worker can't start: {why}; check verifier.memory_mb and the packages"
-                )
+            if line is None:
+                return False
             self._ready = "ready" in line
+        return True
 
     def _start(self) -> None:
         root = str(Path(astro_hpc.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._buffer, self._ready = b"", False
-        arguments = [str(os.getpid()), str(self._memory), str(self._seconds), *sorted(self._imports)]
+        seconds = str(self._seconds * _COMPARISON)
+        arguments = [str(os.getpid()), str(self._memory), seconds, *sorted(self._imports)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "astro_hpc.verifier.worker", *arguments],
             stdin=subprocess.PIPE,

@@ -16,9 +16,10 @@ _MAX_PARTS = 64
 
 @dataclass(frozen=True)
 class Scalar:
-    """A single value, as text."""
+    """A single value, as text; `listed` where 60,120 may be two values as well as one with a separator."""
 
     text: str
+    listed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,26 @@ _PAIRS = {"\\{": "\\}", "{": "}", "\\langle": "\\rangle"}
 _WORD_SEPARATOR = re.compile(
     r"(?:,\s*)?(?:(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|(?<=[\d)\]}])(?:and|or)(?=[\d(\[\\A-Za-z-]))"
 )
-_MATRIX = re.compile(r"^\\begin\{(\w*matrix\*?|cases|array|aligned)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_SYSTEM = re.compile(r"^\\\{\s*\\begin\{(array|aligned|gathered)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$", re.DOTALL)
+_MATRIX = re.compile(
+    r"^\\begin\{(\w*matrix\*?|cases|array|aligned|align\*?|gathered|gather\*?)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}$",
+    re.DOTALL,
+)
+_OUTWARD = re.compile(r"^(?:(?=\])|(?=.*\[$))([\[\]])([^\[\]]+,[^\[\]]+)([\[\]])$")  # ]0,1[
 _NAME = re.compile(
     r"^(?:[A-Z]{2,4}"  # AB, a segment
     r"|\\?[A-Za-z]+(?:_\w+|_\{[^{}]*\})?'*(?:\s*\(\s*[\w\\, +-]{1,12}\s*\))?"  # x, x_1, f(x)
-    r"|\\(?:angle|overline|triangle)\s*\{?[A-Z]{1,4}\}?"
+    r"|[A-Za-z]\^\{-1\}\s*\(\s*\w\s*\)"  # f^{-1}(x)
+    r"|\\frac\{d\w?\}\{d\w\}|\\det\s*\(?\s*[A-Z]\s*\)?"
+    r"|(?:m\s*)?\\(?:angle|overline|triangle)\s*\{?[A-Z]{1,4}\}?"
     r"|\(\s*\w+(?:\s*,\s*\w+)+\s*\)"  # (x, y)
     r"|\w+(?:_\w+)?\s*:\s*\w+(?:_\w+)?)$"  # V_1 : V_2
 )
+_ABSOLUTE = re.compile(r"^(?:\||\\l?vert)\s*([a-z])\s*(?:\||\\r?vert)$")
+_SUCH_THAT = {"\\mid", "|", ":"}
+_MEMBER = re.compile(r"\\in\s*\\mathbb\s*\{?\s*R\s*\}?\s*$")
+FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+"""The same relation read from the right."""
 _RELATIONS = {"<", ">", "\\le", "\\ge", "\\ne"}
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
 _COMMA_DECIMAL = re.compile(r"([+-]?\d+),(\d{2,})|([+-]?0),(\d)")
@@ -111,7 +124,7 @@ def parse(text: str, depth: int = 0) -> Value:
         raise TooCostlyError("nested too deeply")
     text = _unwrapped(text.strip())
     if _GROUPED.fullmatch(text):
-        return Scalar(text.replace(",", ""))
+        return Scalar(text.replace(",", ""), tuple(text.split(",")))
     if _COMMA_DECIMAL.fullmatch(text):
         whole, decimals = text.split(",")
         return Bag((Scalar(whole), Scalar(decimals)), decimal=f"{whole}.{decimals}")
@@ -135,7 +148,15 @@ def _parse_single(text: str, tokens: list[str], depth: int) -> Value:
     if relation := _relation(text, tokens, depth):
         return relation
     if len(pieces := _split(tokens, {"\\cup"})) > 1:
-        return Union(tuple(parse(piece, depth + 1) for piece in pieces))
+        sets = tuple(parse(piece, depth + 1) for piece in pieces)
+        elements = [part for listed in sets if isinstance(listed, Bag) and listed.braces for part in listed.parts]
+        finite = all(isinstance(listed, Bag) and listed.braces for listed in sets)
+        return Bag(tuple(elements), braces=True) if finite else Union(sets)
+    if outward := _OUTWARD.match(text):
+        opening, closing = "(" if outward[1] == "]" else "[", ")" if outward[3] == "[" else "]"
+        return parse(f"{opening}{outward[2]}{closing}", depth + 1)
+    if system := _SYSTEM.match(text):  # a brace on the left alone
+        return _matrix("aligned", system[2], depth)
     if (matrix := _MATRIX.match(text)) and _is_one_environment(tokens):
         return _matrix(matrix[1], matrix[2], depth)
     if tokens and (inner := _enclosed(tokens)) is not None:
@@ -215,7 +236,7 @@ def _relation(text: str, tokens: list[str], depth: int) -> Value | None:
         if not right or any(_split(_TOKEN.findall(side), _RELATIONS)[1:] for side in sides):
             return None
         if not left:
-            return parse(right, depth + 1)
+            return parse("=".join(sides[1:]), depth + 1)
         name = next((side.strip() for side in (sides[0], sides[-2]) if _NAME.match(side.strip())), None)
         return Equation(left, parse(right, depth + 1), name and name.replace(" ", ""), text)
     parts: list[str] = []
@@ -234,6 +255,9 @@ def _relation(text: str, tokens: list[str], depth: int) -> Value | None:
             current.append(token)
     if not relations:
         return None
+    if len(relations) == 1 and relations[0] in ("<", "\\le") and (bounded := _ABSOLUTE.match(parts[0])):
+        bound = "".join(current).strip()
+        return Inequality((f"-({bound})", bounded[1], bound), (relations[0], relations[0]), text)
     return Inequality((*parts, "".join(current).strip()), tuple(relations), text)
 
 
@@ -242,32 +266,72 @@ def _grouped(opening: str, inner: list[str], closing: str, text: str, depth: int
     if len(parts) > _MAX_PARTS:
         raise TooCostlyError("too many parts")
     if opening in _PAIRS and opening != "\\langle":
-        if _PAIRS[opening] != closing or any(t in ("\\mid", "|", ":") for t in inner):
+        if _PAIRS[opening] != closing:
             return Scalar(text)
+        if any(t in _SUCH_THAT for t in inner):
+            return _set_builder(inner, depth) or Scalar(text)
         return _bag([parse(part, depth + 1) for part in parts], braces=True)
     if opening.startswith("\\l") and opening != "\\langle":
         return Scalar(text)
     if len(parts) < 2:
-        single = opening == "[" and closing == "]" and parts
-        return Group("[", "]", (parse(parts[0], depth + 1),)) if single else Scalar(text)
+        if opening != "[" or closing != "]" or not parts:
+            return Scalar(text)
+        single = parse(parts[0], depth + 1)
+        return single if isinstance(single, Matrix) else Group("[", "]", (single,))
     opening, closing = ("(", ")") if opening == "\\langle" else (opening, closing)
     return Group(opening, closing, tuple(parse(part, depth + 1) for part in parts))
+
+
+def _set_builder(inner: list[str], depth: int) -> Value | None:
+    r"""`\{x : 2 < x \le 5\}` as the interval; None for any other condition."""
+    name, *conditions = _split(inner, _SUCH_THAT)
+    name = _MEMBER.sub("", name).strip()
+    if len(conditions) != 1 or not is_name(name):
+        return None
+    condition = parse(conditions[0], depth + 1)
+    return interval(condition) if isinstance(condition, Inequality) and name in condition.parts else None
+
+
+def interval(inequality: Inequality) -> Group | None:
+    """The set of a variable's values, where the inequality bounds one variable by itself."""
+    parts, relations = inequality.parts, inequality.relations
+    if all(relation in (">", "\\ge") for relation in relations):
+        parts, relations = parts[::-1], tuple(FLIPPED[relation] for relation in relations[::-1])
+    if not all(relation in ("<", "\\le") for relation in relations):
+        return None
+    if len(parts) == 3 and is_name(parts[1]):
+        low, high = parts[0], parts[2]
+        brackets = ("(" if relations[0] == "<" else "[", ")" if relations[1] == "<" else "]")
+    elif len(parts) == 2 and is_name(parts[0]):
+        low, high, brackets = "-\\infty", parts[1], ("(", ")" if relations[0] == "<" else "]")
+    elif len(parts) == 2 and is_name(parts[1]):
+        low, high, brackets = parts[0], "\\infty", ("(" if relations[0] == "<" else "[", ")")
+    else:
+        return None
+    return Group(*brackets, (Scalar(low), Scalar(high)))
 
 
 def _bag(parts: list[Value], *, braces: bool) -> Value:
     flat: list[Value] = []
     for part in parts:
-        flat += part.parts if isinstance(part, Bag) and not part.braces else (part,)
+        if isinstance(part, Equation) and isinstance(part.right, Bag) and not part.right.braces:  # x = \\pm 2
+            flat += (Equation(part.left, value, part.name, part.text) for value in part.right.parts)
+        else:
+            flat += part.parts if isinstance(part, Bag) and not part.braces else (part,)
     return flat[0] if len(flat) == 1 and not braces else Bag(tuple(flat), braces)
 
 
 def _matrix(kind: str, body: str, depth: int) -> Value:
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for row in _split(_TOKEN.findall(body), {"\\\\"}):
-        if row.strip():
+        if not row.strip():
+            continue
+        if kind.startswith(("align", "gather")):  # the & only lines equations up
+            rows.append((parse("".join(_split(_TOKEN.findall(row), {"&"})), depth + 1),))
+        else:
             rows.append(tuple(parse(cell, depth + 1) for cell in _split(_TOKEN.findall(row), {"&"})))
     if sum(map(len, rows)) > _MAX_PARTS:
         raise TooCostlyError("too many parts")
-    if kind in ("cases", "aligned"):
+    if kind == "cases" or kind.startswith(("align", "gather")):
         return Bag(tuple(cell for row in rows for cell in row))
     return Matrix("determinant" if kind in ("vmatrix", "Vmatrix") else "matrix", tuple(rows))
