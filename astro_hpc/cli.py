@@ -94,11 +94,25 @@ def search(
 
 
 @app.command()
-def clone(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
+def clone(
+    config: Config,
+    overrides: Overrides = None,
+    shard: Annotated[int, typer.Option(help="Which shard of the trees to clone.")] = 0,
+    num_shards: Annotated[int, typer.Option(help="Into how many shards the trees are split, by their problems.")] = 1,
+    gather: Annotated[bool, typer.Option("--gather", help="Join finished shards into traces/.")] = False,
+    redo: Redo = False,
+) -> None:
     """Linearise the trees and write them as chains of thought: traces/astro.jsonl and traces/direct.jsonl."""
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
+    if num_shards > 1 and not gather:
+        pipeline.run_one(cfg, pipeline.clone_shard(cfg, shard, num_shards), redo)
+        return
+    if shard != 0:
+        raise ConfigError(f"--shard {shard}: needs --num-shards, and not --gather")
+    if gather and not pipeline.clone_shards(cfg):
+        raise ConfigError(f"{cfg.run_dir / 'clone'}: no shards to gather; run clone with --shard and --num-shards")
     pipeline.run_one(cfg, pipeline.clone(cfg), redo)
 
 

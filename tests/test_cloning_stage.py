@@ -7,7 +7,6 @@ import pytest
 
 from astro_hpc.cloning import stage
 from astro_hpc.cloning.phrases import Phrases
-from astro_hpc.cloning.self_evaluation import SelfEvaluator
 from astro_hpc.cloning.verbalize import replay
 from astro_hpc.cloning.warmup import write_examples
 from astro_hpc.config.base import ConfigError
@@ -150,11 +149,10 @@ def test_self_evaluation_keeps_what_the_quorum_accepts(tmp_path, monkeypatch):
     engine = ScriptedEngine(judge, max_model_len=100_000)
     trees = walk_trees()
 
-    def evaluator(ctx, model_dir):
-        return SelfEvaluator(engine, lambda question: question, 4, ctx.cfg.clone.self_evaluation_quorum, seed=1)
-
-    monkeypatch.setattr(stage, "_evaluator", evaluator)
-    strict, _, filters = run_stage(tmp_path, trees)
+    monkeypatch.setattr(stage, "make_engine", lambda *_: engine)
+    monkeypatch.setattr(stage, "_token_counter", lambda model_dir: None)
+    judged = {"model_dir": tmp_path, "self_evaluation_samples": 4}
+    strict, _, filters = run_stage(tmp_path, trees, **judged)
     for row in strict:
         if row["k"] == 0:
             assert "+" in row["completion"].splitlines()[0]
@@ -164,15 +162,17 @@ def test_self_evaluation_keeps_what_the_quorum_accepts(tmp_path, monkeypatch):
     assert counts["read"] == counts["unsolved"] + counts["self_evaluation"] + counts["used"]
     assert engine.stats.requests == 4 * counts["right_terminals"]
     # a second attempt asks only what the journal lacks, and ends the same
-    journal = tmp_path / "traces" / "self_evaluation.jsonl"
+    journal = tmp_path / "traces" / "records.jsonl"
     before = (tmp_path / "traces" / "astro.jsonl").read_bytes()
-    run_stage(tmp_path, trees)
-    assert engine.stats.requests == 4 * counts["right_terminals"]
-    journal.write_bytes(journal.read_bytes()[:-5])
-    run_stage(tmp_path, trees)
-    assert engine.stats.requests == 8 * counts["right_terminals"]
+    asked = engine.stats.requests
+    run_stage(tmp_path, trees, **judged)
+    assert engine.stats.requests == asked
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:10]) + lines[10][:-5])
+    run_stage(tmp_path, trees, **judged)
+    assert asked < engine.stats.requests < 2 * asked
     assert (tmp_path / "traces" / "astro.jsonl").read_bytes() == before
-    _, _, lenient = run_stage(tmp_path, trees, folder="lenient", self_evaluation_quorum=0.25)
+    _, _, lenient = run_stage(tmp_path, trees, "lenient", **judged, self_evaluation_quorum=0.25)
     assert lenient["trees"]["right_terminals_rejected"] < counts["right_terminals_rejected"]
 
 

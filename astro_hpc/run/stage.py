@@ -123,10 +123,7 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
     for name, path in stage.inputs.items():
         if not path.exists():
             raise ConfigError(f"{stage.label}: its input {name} is missing ({path}); run the stage that makes it first")
-    wanted = {
-        "settings": _digest(stage.settings),
-        "inputs": {name: fingerprint(path) for name, path in stage.inputs.items()},
-    }
+    wanted = _wanted(stage)
     with Lock(cfg.run_dir / ".locks" / (stage.label.replace("/", "-") + ".lock"), f"{cfg.run_dir}: {stage.label}"):
         done = _read(folder / "manifest.json")
         begun = done or _read(folder / "state.json")
@@ -153,6 +150,27 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
             )
         _carry_out(cfg, stage, folder, begun, wanted)
     return True
+
+
+def require_done(cfg: RunConfig, stage: Stage) -> None:
+    """Make sure that `stage` was carried out, as it is declared now.
+
+    Raises:
+        ConfigError: it is not finished, or was done with other inputs or settings.
+    """
+    done = read_manifest(cfg.run_dir / stage.dir)
+    if done is None:
+        raise ConfigError(f"{stage.label}: is not finished; run it first, it goes on where it was stopped")
+    if changed := _changed(done, _wanted(stage), stage):
+        raise ConfigError(f"{stage.label}: was done with other {', '.join(changed)}; do it again with --redo")
+
+
+def _wanted(stage: Stage) -> dict[str, Any]:
+    """What a manifest must hold for the stage to count as done."""
+    return {
+        "settings": _digest(stage.settings),
+        "inputs": {name: fingerprint(path) for name, path in stage.inputs.items()},
+    }
 
 
 def _carry_out(
