@@ -88,8 +88,7 @@ def clone(cfg: RunConfig) -> Stage:
     def gather(ctx: StageContext) -> list[Path]:
         from astro_hpc.cloning.records import write_data_set
 
-        for stage in shards:
-            require_done(cfg, stage)
+        require_done(cfg, shards)
         return write_data_set(ctx, [cfg.run_dir / stage.dir / "records.jsonl" for stage in shards])
 
     if shards:

@@ -210,11 +210,81 @@ def test_self_evaluation_needs_a_model(tmp_path):
         run_stage(tmp_path, walk_trees(2), self_evaluation_samples=8)
 
 
-def test_rows_load_with_datasets(tmp_path):
+def test_fixed_phrases_can_be_left_out(tmp_path):
+    astro, direct, _ = run_stage(tmp_path, walk_trees(), fixed_phrase=False, attempt_note=False)
+    phrases = Phrases.load("short")
+    for row in [*astro, *direct]:
+        assert "But wait" not in row["completion"]
+        assert "seems to be correct" not in row["completion"]
+        assert {span["kind"] for span in row["graph"]["spans"]} <= {"step", "backtrack"}
+        assert phrases.count_backtracks(row["completion"]) == row["k"]
+
+
+def test_wrong_paths_can_be_left_before_their_answer(tmp_path):
+    trees = {tree.problem.id: tree for tree in walk_trees()}
+    astro, _, _ = run_stage(tmp_path, list(trees.values()), backtrack_from="inner", backtrack_max_q=1.0)
+    early = 0
+    for row in astro:
+        tree, path = trees[row["problem_id"]], replay(row["graph"])
+        left = [edge["source"] for edge in row["graph"]["edges"] if edge["kind"] == "backtrack"]
+        assert len(left) == row["k"]
+        assert tree.nodes[path[-1]].outcome == "right"
+        early += sum(not tree.nodes[node].terminal for node in left)
+    assert early > 20
+
+
+def test_the_number_of_wrong_paths_can_be_fixed(tmp_path):
+    astro, _, filters = run_stage(tmp_path, walk_trees(), min_incorrect=2, max_incorrect=2)
+    assert {row["k"] for row in astro} == {0, 2}
+    assert filters["astro"]["k=2"] > 10
+    with pytest.raises(ValueError, match="min_incorrect=3 is above"):
+        make_config(tmp_path, min_incorrect=3)
+
+
+def test_a_trace_whose_answer_is_not_the_trees_is_dropped_and_counted(tmp_path):
+    trees = walk_trees()
+    for tree in trees:
+        for node in tree.terminals("right"):
+            node.step += "\nor is it \\boxed{1 + 1}?"
+    with pytest.raises(ConfigError, match="none of"):
+        run_stage(tmp_path, trees)
+    counts = json.loads((tmp_path / "traces" / "filters.json").read_text())["astro"]
+    assert counts["answer_changed"] > 20
+
+
+def test_rows_load_with_datasets_and_both_arms_agree_in_form(tmp_path):
     datasets = pytest.importorskip("datasets")
-    astro, _, _ = run_stage(tmp_path, walk_trees())
-    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "traces" / "astro.jsonl"), split="train")
-    assert loaded.num_rows == len(astro)
+    loaded = {}
+    for folder, rate in (("plain", 0.0), ("reflecting", 1.0)):
+        astro, direct, _ = run_stage(tmp_path, walk_trees(), folder, reflect_rate=rate)
+        for arm, rows in (("astro", astro), ("direct", direct)):
+            path = str(tmp_path / folder / f"{arm}.jsonl")
+            data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+            assert data.num_rows == len(rows)
+            assert data[0]["completion"] == rows[0]["completion"]
+            span = data[1]["graph"]["spans"][0]
+            assert rows[1]["completion"][span["start"] : span["end"]]
+            loaded[folder, arm] = data.features
+    assert len({str(features) for features in loaded.values()}) == 1
+    assert set(loaded["plain", "astro"]) == set(_types(rows[0])) == {
+        "id", "problem_id", "prompt", "completion", "messages", "answer", "arm", "k", "repeat", "num_tokens", "graph",
+    }  # fmt: skip
+    everything = [
+        *read_jsonl(tmp_path / "plain" / "astro.jsonl"),
+        *read_jsonl(tmp_path / "reflecting" / "direct.jsonl"),
+    ]
+    assert len({json.dumps(_types(row)) for row in everything}) == 1, "no field changes its type"
+
+
+def _types(value):
+    """The JSON types in a value, lists by their elements'."""
+    if isinstance(value, dict):
+        return {key: _types(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        kinds = {json.dumps(_types(inner)) for inner in value}
+        assert len(kinds) == 1
+        return [json.loads(kinds.pop())]
+    return type(value).__name__
 
 
 def test_warmup_walks_are_legal_and_ignore_the_target(tmp_path):

@@ -154,4 +154,6 @@ def _runs(words: Sequence[str]) -> list[str]:
 
 def _is_control(character: str) -> bool:
     # U+FFFD stands where a tokenizer's bytes were no character.
-    return character == "\ufffd" or (character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cs", "Co"))
+    return character == "\ufffd" or (
+        character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
+    )

@@ -152,11 +152,16 @@ class _Summary:
 
     def report(self, limit: int) -> dict[str, Any]:
         return {
-            **{name: dict(counts) for name, counts in self.counts.items()},
+            **{name: _in_order(counts, _GROUPS[name]) for name, counts in self.counts.items()},
             "num_tokens": {arm: _spread(lengths) for arm, lengths in self.lengths.items()},
             "max_tokens": limit,
             "longest_too_long": self.longest_too_long,
         }
+
+
+def _in_order(counts: Counter[str], first: Sequence[str]) -> dict[str, int]:
+    """Named counts first, the others by name: the order of records doesn't show."""
+    return {name: counts[name] for name in [*first, *sorted(counts.keys() - set(first))]}
 
 
 def _spread(lengths: Counter[int]) -> dict[str, float]:

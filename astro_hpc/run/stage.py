@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,24 +152,30 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
     return True
 
 
-def require_done(cfg: RunConfig, stage: Stage) -> None:
-    """Make sure that `stage` was carried out, as it is declared now.
+def require_done(cfg: RunConfig, stages: Iterable[Stage]) -> None:
+    """Make sure that all `stages` were carried out, as they are declared now.
 
     Raises:
-        ConfigError: it is not finished, or was done with other inputs or settings.
+        ConfigError: one is not finished, or was done with other inputs or settings.
     """
-    done = read_manifest(cfg.run_dir / stage.dir)
-    if done is None:
-        raise ConfigError(f"{stage.label}: is not finished; run it first, it goes on where it was stopped")
-    if changed := _changed(done, _wanted(stage), stage):
-        raise ConfigError(f"{stage.label}: was done with other {', '.join(changed)}; do it again with --redo")
+    known: dict[Path, str] = {}
+    for stage in stages:
+        done = read_manifest(cfg.run_dir / stage.dir)
+        if done is None:
+            raise ConfigError(f"{stage.label}: is not finished; run it first, it goes on where it was stopped")
+        if changed := _changed(done, _wanted(stage, known), stage):
+            raise ConfigError(f"{stage.label}: was done with other {', '.join(changed)}; do it again with --redo")
 
 
-def _wanted(stage: Stage) -> dict[str, Any]:
-    """What a manifest must hold for the stage to count as done."""
+def _wanted(stage: Stage, known: dict[Path, str] | None = None) -> dict[str, Any]:
+    """What a manifest must hold for the stage to count as done; `known` keeps fingerprints that stages share."""
+    known = {} if known is None else known
+    for path in stage.inputs.values():
+        if path not in known:
+            known[path] = fingerprint(path)
     return {
         "settings": _digest(stage.settings),
-        "inputs": {name: fingerprint(path) for name, path in stage.inputs.items()},
+        "inputs": {name: known[path] for name, path in stage.inputs.items()},
     }
 
 
