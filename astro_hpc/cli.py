@@ -186,6 +186,25 @@ def status(run: RunFolder, as_json: Json = False) -> None:
 
 
 @app.command()
+def trace(
+    run: RunFolder,
+    example: Annotated[str | None, typer.Argument(metavar="[ID]", help="An example's id, or a problem's.")] = None,
+    arm: Annotated[str, typer.Option("--arm", help="astro or direct.")] = "astro",
+    as_json: Json = False,
+) -> None:
+    """Show one example of the SFT data with its steps, reflections and backtracks marked."""
+    from astro_hpc.report.trace_text import find_example, print_example
+
+    if arm not in ("astro", "direct"):
+        raise ConfigError(f"--arm {arm}: the arms are astro and direct")
+    row = find_example(_run_config(run), arm, example)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(row, indent=2, ensure_ascii=False))
+    else:
+        print_example(row)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help='One {"gold": ..., "pred": ...} a line.')],
 ) -> None:

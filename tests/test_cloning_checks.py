@@ -67,6 +67,7 @@ def test_faithful_words_pass():
         ("\\boxed{42}, or 40", LAST, "changed_answer"),
         ("\\boxed{40", LAST, "changed_answer"),
         ("\\boxed{40} and \\boxed{42}", LAST, "second_answer"),
+        ("\\boxed{40}. The final answer is 42.", LAST, "second_answer"),
         ("42 - 2 = 40. But wait, are we solving the problem correctly so far?", STEP, "leaked_prompt"),
         ("42 - 2 = 40. Our solution seems to be  correct so far.", STEP, "reflection"),
         ("42 - 2 = 40. I\u2019m not sure if we're solving the problem correctly so far.", STEP, "reflection"),

@@ -244,8 +244,8 @@ def test_the_command_line_names_what_is_missing(searched, tmp_path, capsys, monk
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(cfg.model_dump(mode="json")))
 
-    def command(*options: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["astro-hpc", "clone", str(config), *options])
+    def command(*options: str, of: tuple[str, ...] = ("clone", str(config))) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["astro-hpc", *of, *options])
         try:
             cli.main()
         except SystemExit as exit_:
@@ -263,6 +263,10 @@ def test_the_command_line_names_what_is_missing(searched, tmp_path, capsys, monk
     assert command("--gather")[0] == 0
     code, error = command()
     assert (code, "clone: done already" in error) == (0, True)
+
+    for arguments, message in [(["nope"], "no example 'nope'"), (["--arm", "both"], "the arms are astro and direct")]:
+        code, error = command(*arguments, of=("trace", str(cfg.run_dir)))
+        assert (code, message in error) == (2, True)
 
 
 def _size(path: Path) -> int:

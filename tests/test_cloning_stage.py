@@ -253,7 +253,8 @@ def test_a_trace_whose_answer_is_not_the_trees_is_dropped_and_counted(tmp_path):
 
 
 def test_rows_load_with_datasets_and_both_arms_agree_in_form(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     loaded = {}
     for folder, rate in (("plain", 0.0), ("reflecting", 1.0)):
         astro, direct, _ = run_stage(tmp_path, walk_trees(), folder, reflect_rate=rate)

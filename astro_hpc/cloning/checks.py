@@ -102,6 +102,8 @@ def _check_answer(text: str, step: str, rules: Rules) -> str | None:
         return "lost_answer"
     if not had and len(_STATED.findall(text)) > len(_STATED.findall(step)):
         return "early_answer"
+    if (boxes := [match.end() for match in _BOX.finditer(text)]) and _STATED.search(text, boxes[-1]):
+        return "second_answer"  # in words, behind the box
     return "changed_answer" if rules.answer_of(text) != rules.answer_of(step) else None
 
 

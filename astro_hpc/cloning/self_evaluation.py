@@ -14,6 +14,9 @@ from astro_hpc.cloning.prompts import fill, read_prompt_file
 from astro_hpc.inference.engine import Engine, SampleRequest
 from astro_hpc.run.seeds import derive_seed
 
+_ROUNDING = 1e-9
+"""0.55 of 20 verdicts are 11, and not 11.000000000000002."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -71,7 +74,7 @@ class SelfEvaluator:
         samples = await asyncio.gather(*(self.engine.generate(request) for request in requests))
         votes = sum(prompt.accepts(sample.text) for sample in samples)
         tokens = sum(len(sample.token_ids) for sample in samples)
-        return Decision(votes >= self.quorum * self.num_samples, tokens)
+        return Decision(votes >= self.quorum * self.num_samples - _ROUNDING, tokens)
 
     @cached_property
     def _prompt(self) -> _Prompt:

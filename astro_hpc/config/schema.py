@@ -281,7 +281,7 @@ class CloneConfig(Section):
     """Tokens of one rewritten step or backtrack, at most (ours)."""
     verbalizer_retries: Annotated[int, Field(ge=0)] = 2
     """Further tries, with other seeds, after a text that fails the checks; then the template stands in (ours)."""
-    traces_in_flight: PositiveInt = 64
+    traces_in_flight: PositiveInt = 128
     """Traces that are written on one engine at the same time."""
     phrases: str = "paper"
     """Wordings of reflections and backtracks: a file in astro_hpc/cloning/phrases, or a path to one."""
