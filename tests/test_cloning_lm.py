@@ -39,7 +39,7 @@ def make_verbalizer(engine, rate: float = 0.0, **changes) -> LMVerbalizer:
         VerbalizePrompts.load("verbalize"),
         "\n",
         MARKERS,
-        lambda tree, text: extract_answer(text, MARKERS),
+        lambda text: extract_answer(text, MARKERS),
         max_tokens=400,
         seed=3,
         **changes,

@@ -241,13 +241,14 @@ def test_the_number_of_wrong_paths_can_be_fixed(tmp_path):
         make_config(tmp_path, min_incorrect=3)
 
 
-def test_a_trace_whose_answer_is_not_the_trees_is_dropped_and_counted(tmp_path):
-    trees = walk_trees()
-    for tree in trees:
-        for node in tree.terminals("right"):
-            node.step += "\nor is it \\boxed{1 + 1}?"
+def test_a_trace_that_ends_in_another_answer_is_dropped_and_counted(tmp_path):
+    phrases = tmp_path / "mine.yaml"
+    phrases.write_text(
+        'doubt: ["Hm."]\nconfident: ["Or is it \\\\boxed{1 + 1}?"]\nbacktrack: ["Back to {step}"]\nrestart: ["Back."]\n'
+        "backtrack_pattern: Back\n"
+    )
     with pytest.raises(ConfigError, match="none of"):
-        run_stage(tmp_path, trees)
+        run_stage(tmp_path, walk_trees(), phrases=str(phrases))
     counts = json.loads((tmp_path / "traces" / "filters.json").read_text())["astro"]
     assert counts["answer_changed"] > 20
 

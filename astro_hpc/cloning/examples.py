@@ -21,7 +21,6 @@ from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.seeds import derive_seed
 from astro_hpc.search.tree import Node, Tree
 from astro_hpc.verifier.extract import extract_answer
-from astro_hpc.verifier.pool import as_compared
 
 KeepTrace = Callable[[str, Trace], None]
 """(name, trace): called once for each trace, as soon as it is written."""
@@ -87,10 +86,10 @@ class TreeCloner:
         """
         return await _Examples(self, tree, accepted, finished, keep).make()
 
-    def answer_of(self, tree: Tree, text: str) -> str | None:
-        """The answer that the verifier reads in a text, spelled as in the tree."""
+    def answer_of(self, text: str) -> str | None:
+        """The answer that the verifier reads in a text, as it is written there but for white space."""
         answer = extract_answer(text, self.cfg.verifier.answer_markers)
-        return None if answer is None else as_compared(tree.problem, answer)
+        return None if answer is None else " ".join(answer.split())
 
     def _sound(self, tree: Tree, terminals: list[Node]) -> list[Node]:
         if not self.cfg.clone.check_steps or tree.problem.checker != signs.CHECKER:
@@ -206,7 +205,8 @@ class _Examples:
         return trace
 
     def _keeps_answer(self, last: Node, trace: Trace) -> bool:
-        return self.cloner.answer_of(self.tree, trace.text) == last.answer
+        """Whether a trace ends in the very answer that was judged at its tree's node."""
+        return self.cloner.answer_of(trace.text) == self.cloner.answer_of(solution_text(self.tree, last))
 
     def _refusal(self, last: Node, trace: Trace) -> str | None:
         """Why a trace is no example: it ends in another answer than its tree's node, or is longer than SFT takes."""

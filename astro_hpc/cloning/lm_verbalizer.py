@@ -33,7 +33,7 @@ class LMVerbalizer:
         prompts: the few-shot prompts.
         delimiter: the style's; ends a step.
         answer_markers: what precedes a final answer, for the verifier and in the prompt style.
-        answer_of: the answer that the verifier would read in a text (see `checks.Rules`), for a tree's problem.
+        answer_of: the answer that the verifier would read in a text; None where there is none.
         stop: the style's stop strings, where the policy itself verbalises.
         temperature: of all samples.
         max_tokens: of one piece.
@@ -47,7 +47,7 @@ class LMVerbalizer:
     prompts: VerbalizePrompts
     delimiter: str
     answer_markers: tuple[str, ...]
-    answer_of: Callable[[Tree, str], str | None]
+    answer_of: Callable[[str], str | None]
     stop: tuple[str, ...] = ()
     temperature: float = 0.7
     max_tokens: int = 512
@@ -74,16 +74,13 @@ class LMVerbalizer:
         async with self.slots:
             return await _Writing(self, tree, name).write(sequence, reflect)
 
-    def rules(self, tree: Tree) -> Rules:
-        """What the model's words about a tree's problem are held against."""
-        return replace(self._rules, answer_of=lambda text: self.answer_of(tree, text))
-
     @cached_property
-    def _rules(self) -> Rules:
+    def rules(self) -> Rules:
+        """What the model's words are held against."""
         phrases, prompts = self.template.phrases, self.prompts
         special = dict.fromkeys([*special_tokens(self.engine.tokenizer), *(s for s in self.stop if s.strip())])
         return Rules(
-            answer_of=lambda text: None,
+            answer_of=self.answer_of,
             count_backtracks=phrases.count_backtracks,
             answer_markers=self.answer_markers,
             delimiter=self.delimiter,
@@ -100,7 +97,7 @@ class _Writing:
 
     def __init__(self, lm: LMVerbalizer, tree: Tree, name: str) -> None:
         self.lm, self.tree, self.name = lm, tree, name
-        self.rules = lm.rules(tree)
+        self.rules = lm.rules
         self.text = TraceText(lm.template)
         self.counts: Counter[str] = Counter()
 

@@ -96,7 +96,7 @@ class VerifierPool:
             return verdict
         began = time.perf_counter()
         policy = self._policy(problem)
-        shown = as_compared(problem, answer)
+        shown = normalize(answer) if problem.checker == "math" else " ".join(answer.split())
         outcome = _at_once(problem, answer, policy)
         if outcome is not None:
             verdict.set_result(Verdict(outcome, shown, time.perf_counter() - began))
@@ -195,11 +195,6 @@ class VerifierPool:
                 task.future.set_result(result)
         finally:
             worker.stop()
-
-
-def as_compared(problem: Problem, answer: str) -> str:
-    """An extracted answer in the spelling of `Verdict.answer`."""
-    return normalize(answer) if problem.checker == "math" else " ".join(answer.split())
 
 
 def _at_once(problem: Problem, answer: str, policy: AnswerPolicy) -> Outcome | None:
