@@ -58,6 +58,8 @@ def test_faithful_words_pass():
         ("42 - 2 = 40 \u202e", STEP, "control_character"),
         ("We subtract and get 40.", STEP, "lost_number"),
         ("42 - 2 = 40, which is 4 tens.", STEP, "new_number"),
+        ("42 + 2 = 40.", STEP, "lost_equation"),
+        ("From 42 we take 2 and have 40.", STEP, "lost_equation"),
         ("42 - 2 = 40, so \\boxed{40}", STEP, "early_answer"),
         ("42 - 2 = 40, so \\boxed {40}", STEP, "early_answer"),
         ("42 - 2 = 40, so \\fbox{40}", STEP, "early_answer"),
@@ -135,6 +137,7 @@ def test_what_passes_keeps_numbers_answer_and_form(pieces, of):
     assert numbers(of) <= numbers(text) <= numbers(of) | numbers(CONTEXT)
     assert RULES.answer_of(text) == RULES.answer_of(of)
     assert len(re.findall(r"box", text)) == len(re.findall(r"box", of))
+    assert "42-2=40" not in of.replace(" ", "") or "42-2=40" in text.replace(" ", "")
     assert PHRASES.count_backtracks(text) == 0
     assert not any(mark in text.lower() for mark in ("wait", "problem:", "next step", "<|", "answer is", "\x00"))
     assert "\n" not in text

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 _NUMBER = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]*\.[0-9]+|[0-9]+")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _STATED = re.compile(r"\b(?:final answer|answer is|answer:|answer would be)", re.IGNORECASE)
+_FORMULA_RUN = re.compile(r"[0-9+\-*/^=(). ]+")
 _SHINGLE_WORDS = 8
 
 
@@ -58,6 +59,8 @@ def check_step(text: str, *, step: str, context: str, rules: Rules) -> str | Non
         return "lost_number"
     if not numbers(text) <= numbers(step) | numbers(context):
         return "new_number"
+    if any(equation not in text.replace(" ", "") for equation in _equations(step)):
+        return "lost_equation"
     return _check_answer(text, step, rules)
 
 
@@ -124,6 +127,12 @@ def numbers(text: str) -> set[str]:
         whole, point, decimals = match.group().replace(",", "").partition(".")
         found.add((whole.lstrip("0") or "0") + point + decimals)
     return found
+
+
+def _equations(text: str) -> list[str]:
+    """The plain equations in a text, without spaces: `4-2=2`, and `=5` of `x = 5`."""
+    runs = [run.replace(" ", "").strip(".()") for run in _FORMULA_RUN.findall(text)]
+    return [run for run in runs if "=" in run and any(character.isdigit() for character in run)]
 
 
 def shingles_of(texts: Sequence[str]) -> frozenset[str]:

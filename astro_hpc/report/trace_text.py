@@ -61,8 +61,8 @@ def print_example(row: Mapping[str, Any]) -> None:
     console.print(Text(f"{row['id']}  k={row['k']}  {row['num_tokens']} tokens", style="bold"))
     console.print(Text(_printable(row["messages"][0]["content"])), "", sep="\n")
     for mark, kind, words in marked_pieces(row):
-        line = Text(f"{mark:<24} ", style="dim")
-        indented = _printable(words).replace("\n", "\n" + " " * 25)
+        line = Text(f"{mark:<30} ", style="dim")
+        indented = _printable(words).replace("\n", "\n" + " " * 31)
         console.print(line + Text(indented, style=_STYLES.get(kind, "")), soft_wrap=True)
 
 
