@@ -127,11 +127,25 @@ def search(
 
 
 @app.command()
-def clone(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
+def clone(
+    config: Config,
+    overrides: Overrides = None,
+    shard: Annotated[int, typer.Option(help="Which shard of the trees to clone.")] = 0,
+    num_shards: Annotated[int, typer.Option(help="Into how many shards the trees are split, by their problems.")] = 1,
+    gather: Annotated[bool, typer.Option("--gather", help="Join finished shards into traces/.")] = False,
+    redo: Redo = False,
+) -> None:
     """Linearise the trees and write them as chains of thought: traces/astro.jsonl and traces/direct.jsonl."""
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
+    if num_shards > 1 and not gather:
+        pipeline.run_one(cfg, pipeline.clone_shard(cfg, shard, num_shards), redo)
+        return
+    if shard != 0:
+        raise ConfigError(f"--shard {shard}: needs --num-shards, and not --gather")
+    if gather and not pipeline.clone_shards(cfg):
+        raise ConfigError(f"{cfg.run_dir / 'clone'}: no shards to gather; run clone with --shard and --num-shards")
     pipeline.run_one(cfg, pipeline.clone(cfg), redo)
 
 
@@ -202,6 +216,25 @@ def status(run: RunFolder, as_json: Json = False) -> None:
         print(json.dumps(rows, indent=2))
     else:
         print_status(rows)
+
+
+@app.command()
+def trace(
+    run: RunFolder,
+    example: Annotated[str | None, typer.Argument(metavar="[ID]", help="An example's id, or a problem's.")] = None,
+    arm: Annotated[str, typer.Option("--arm", help="astro or direct.")] = "astro",
+    as_json: Json = False,
+) -> None:
+    """Show one example of the SFT data with its steps, reflections and backtracks marked."""
+    from astro_hpc.report.trace_text import find_example, print_example
+
+    if arm not in ("astro", "direct"):
+        raise ConfigError(f"--arm {arm}: the arms are astro and direct")
+    row = find_example(_run_config(run), arm, example)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps(row, indent=2, ensure_ascii=False))
+    else:
+        print_example(row)
 
 
 @app.command()

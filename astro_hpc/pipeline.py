@@ -17,7 +17,7 @@ from typing import Any
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
 from astro_hpc.problems.row_files import local_path
-from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
+from astro_hpc.run.stage import Stage, StageContext, read_manifest, require_done, run_stage
 from astro_hpc.search.shards import TREES, GatherReport, earlier_trees, find_shards, gather, shard_name
 
 # How a stage is carried out, not what it makes: free to change between attempts.
@@ -123,25 +123,86 @@ def economics(cfg: RunConfig) -> Stage:
 
 
 def clone(cfg: RunConfig) -> Stage:
-    """Trees become chains of thought, for both arms."""
-    shards = search_shards(cfg)
+    """Trees become chains of thought, for both arms; where shards of this lie in the run folder, they are gathered."""
+    shards = [clone_shard(cfg, number, total) for number, total in clone_shards(cfg)]
+    searches = search_shards(cfg)
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.cloning.stage import run
 
-        _refuse_unfinished(shards)
-        return run(ctx, trees=[folder / TREES for folder in shards], model_dir=policy_model(cfg))
+        _refuse_unfinished(searches)
+        return run(ctx, trees=[folder / TREES for folder in searches], **_clone_models(cfg))
 
-    settings = {
+    def gather(ctx: StageContext) -> list[Path]:
+        from astro_hpc.cloning.records import write_data_set
+
+        require_done(cfg, shards)
+        return write_data_set(ctx, [cfg.run_dir / stage.dir / "records.jsonl" for stage in shards])
+
+    if shards:
+        inputs = {stage.label: cfg.run_dir / stage.dir / "records.jsonl" for stage in shards}
+        return Stage("clone", Path("traces"), inputs, _clone_settings(cfg), gather)
+    inputs = {folder.name: folder / TREES for folder in searches} | _clone_files(cfg)
+    return Stage("clone", Path("traces"), inputs, _clone_settings(cfg), body)
+
+
+def clone_shard(cfg: RunConfig, shard: int, num_shards: int) -> Stage:
+    """The trees of one shard become a journal of chains of thought; `clone` gathers the shards.
+
+    Problems are split as the search splits them: with as many shards, each reads its own shard of the search alone.
+    """
+    name = shard_name(shard, num_shards)
+    searches = search_shards(cfg)
+    if len(searches) == num_shards:
+        searches = [searches[shard]]
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.cloning.stage import run_shard
+
+        _refuse_unfinished(searches)
+        trees = [folder / TREES for folder in searches]
+        return run_shard(ctx, trees=trees, shard=shard, num_shards=num_shards, **_clone_models(cfg))
+
+    settings = {**_clone_settings(cfg), "shard": [shard, num_shards]}
+    inputs = {folder.name: folder / TREES for folder in searches} | _clone_files(cfg)
+    return Stage(f"clone/{name}", Path("clone") / name, inputs, settings, body)
+
+
+def _clone_settings(cfg: RunConfig) -> dict[str, Any]:
+    samples = cfg.clone.self_evaluation_samples or cfg.clone.verbalizer == "lm"
+    return {
         "seed": cfg.seed,
         "prompt_style": cfg.model.prompt_style,
-        "clone": _dump(cfg.clone),
+        "clone": _dump(cfg.clone, {"traces_in_flight"}),
         "seq_length": cfg.sft.seq_length,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
-        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW) if cfg.clone.self_evaluation_samples else {},
+        "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW) if samples else {},
     }
-    inputs = {folder.name: folder / TREES for folder in shards} | _files(cfg)
-    return Stage("clone", Path("traces"), inputs, settings, body)
+
+
+def _clone_models(cfg: RunConfig) -> dict[str, Path | None]:
+    return {"model_dir": policy_model(cfg), "verbalizer_dir": _verbalizer_model(cfg)}
+
+
+def _clone_files(cfg: RunConfig) -> dict[str, Path]:
+    """What decides the clone stage's result besides trees: the models that sample, and files of the user's own."""
+    files = _files(cfg)
+    if cfg.clone.self_evaluation_samples or cfg.clone.verbalizer == "lm":
+        files["model"] = policy_model(cfg)
+    if (model := _verbalizer_model(cfg)) is not None:
+        files["verbalizer"] = model
+    if cfg.clone.verbalizer == "lm" and cfg.clone.verbalizer_prompts.endswith((".yaml", ".yml")):
+        files[cfg.clone.verbalizer_prompts] = Path(cfg.clone.verbalizer_prompts)
+    return files
+
+
+def _verbalizer_model(cfg: RunConfig) -> Path | None:
+    """The folder of `clone.verbalizer_model`; None where the policy verbalises, or nobody does."""
+    if cfg.clone.verbalizer != "lm" or cfg.clone.verbalizer_model is None:
+        return None
+    from astro_hpc.conversion.embedded import resolve_model
+
+    return resolve_model(cfg.clone.verbalizer_model)
 
 
 def sft(cfg: RunConfig, arm: Arm) -> Stage:
@@ -236,6 +297,8 @@ def pipeline(cfg: RunConfig) -> list[tuple[str, Stage]]:
         shard, num_shards = int(folder.name[6:11]), int(folder.name[-5:])
         options = f" --shard {shard} --num-shards {num_shards}" if num_shards > 1 else ""
         stages.append((f"search{options}", search(cfg, shard, num_shards)))
+    for shard, num_shards in clone_shards(cfg):
+        stages.append((f"clone --shard {shard} --num-shards {num_shards}", clone_shard(cfg, shard, num_shards)))
     stages.append(("clone", clone(cfg)))
     for arm in cfg.arms:
         stages += [(f"sft --arm {arm}", sft(cfg, arm))]
@@ -331,6 +394,22 @@ def _refuse_unfinished(shards: Iterable[Path]) -> None:
     for folder in shards:
         if read_manifest(folder) is None:
             raise ConfigError(f"{folder}: this search is not finished; `astro-hpc search` goes on with it")
+
+
+def clone_shards(cfg: RunConfig) -> list[tuple[int, int]]:
+    """(shard, number of shards) of a clone stage that was begun in shards; none where it was not.
+
+    Raises:
+        ConfigError: shards of different splits lie side by side.
+    """
+    folders = [f for f in (cfg.run_dir / "clone").glob("shard-?????-of-?????") if f.is_dir()]
+    totals = {int(folder.name[-5:]) for folder in folders}
+    if len(totals) > 1:
+        raise ConfigError(
+            f"{cfg.run_dir / 'clone'}: shards of different splits ({', '.join(map(str, sorted(totals)))}); "
+            "move one set away"
+        )
+    return [(shard, total) for total in totals for shard in range(total)]
 
 
 def _screened_benchmarks(cfg: RunConfig) -> list[Any]:

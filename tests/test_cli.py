@@ -10,7 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["demo", "run", "warmup", "search", "clone", "sft", "select", "rl", "eval", "report", "status", "verify"]
+COMMANDS = [
+    "demo",
+    "run",
+    "warmup",
+    "search",
+    "clone",
+    "sft",
+    "select",
+    "rl",
+    "eval",
+    "report",
+    "status",
+    "trace",
+    "verify",
+]
 
 
 def _run(*arguments, cwd=ROOT):

@@ -27,6 +27,8 @@ def make_tree(parents, verdicts):
     leaves = [node for node in nodes[1:] if not node.children]
     for leaf, (outcome, answer) in zip(leaves, verdicts * len(leaves), strict=False):
         leaf.terminal, leaf.outcome, leaf.answer = True, outcome, answer
+        if answer is not None:
+            leaf.step = f"Step {leaf.id}: \\boxed{{{answer}}}"
     return Tree(Problem("signs/0", "Put signs.", "5"), nodes)
 
 
@@ -75,12 +77,53 @@ def test_samples_as_many_different_answers_as_there_are(tree, k, seed):
     assert len(chosen) == min(k, len({node.answer for node in candidates}))
 
 
+@settings(max_examples=300, deadline=None)
+@given(trees(), st.integers(0, 4), st.integers(0, 99), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_leaving_paths_before_their_end_keeps_the_invariants(tree, k, seed, max_q):
+    correct = correct_terminals(tree)
+    if not correct:
+        return
+    rng = random.Random(seed)
+    chosen = sample_incorrect(incorrect_terminals(tree), k, rng)
+    goal = rng.choice(correct)
+    sequence = linearize(tree, chosen, goal, rng, leave_at_q=max_q)
+
+    assert (sequence[0], sequence[-1]) == (tree.root, goal)
+    ancestors = {node.id: {a.id for a in tree.path(node)[:-1]} for node in tree.nodes}
+    left = [a for a, b in itertools.pairwise(sequence) if b.parent != a.id]
+    assert len(left) == len(chosen), "each wrong path is gone down and left once"
+    for a, b in itertools.pairwise(sequence):
+        assert b.parent == a.id or b.id in ancestors[a.id]
+    for node in left:
+        assert node in chosen or (node.q <= max_q and any(node.id in ancestors[wrong.id] for wrong in chosen))
+    walked = [b.id for a, b in itertools.pairwise(sequence) if b.parent == a.id]
+    assert len(walked) == len(set(walked))
+    wrong = [node.answer for node in sequence if node.outcome == "wrong"]
+    assert len(wrong) == len(set(wrong))
+
+
 def test_a_later_path_may_share_more_with_an_earlier_one():
     # root -> 1 -> {2 wrong a, 3 right}, root -> 4 -> 5 wrong b: a, b, right would tear at "right"
     tree = make_tree([0, 1, 1, 0, 4], [("wrong", "a"), ("right", "5"), ("wrong", "b")])
     for seed in range(20):
         sequence = linearize(tree, [tree.nodes[2], tree.nodes[5]], tree.nodes[3], random.Random(seed))
         assert [node.id for node in sequence] == [0, 4, 5, 0, 1, 2, 1, 3]
+
+
+def test_a_path_is_left_at_its_first_own_step_of_low_q():
+    # root -> 1 -> 2 -> 3 -> 4 wrong, 1 -> 5 right
+    tree = make_tree([0, 1, 2, 3, 1], [("wrong", "a"), ("right", "5")])
+    for node, q in zip(tree.nodes[1:], (0.1, 0.5, 0.2, 0.0, 1.0), strict=True):
+        node.q = q
+
+    def ids(leave_at_q):
+        sequence = linearize(tree, [tree.nodes[4]], tree.nodes[5], random.Random(0), leave_at_q)
+        return [node.id for node in sequence]
+
+    assert ids(None) == [0, 1, 2, 3, 4, 1, 5]
+    assert ids(0.25) == [0, 1, 2, 3, 1, 5]
+    assert ids(0.5) == [0, 1, 2, 1, 5]
+    assert ids(0.1) == [0, 1, 2, 3, 4, 1, 5]
 
 
 def test_order_of_incorrect_paths_varies_where_it_is_free():

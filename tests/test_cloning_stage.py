@@ -7,7 +7,6 @@ import pytest
 
 from astro_hpc.cloning import stage
 from astro_hpc.cloning.phrases import Phrases
-from astro_hpc.cloning.self_evaluation import SelfEvaluator
 from astro_hpc.cloning.verbalize import replay
 from astro_hpc.cloning.warmup import write_examples
 from astro_hpc.config.base import ConfigError
@@ -150,11 +149,10 @@ def test_self_evaluation_keeps_what_the_quorum_accepts(tmp_path, monkeypatch):
     engine = ScriptedEngine(judge, max_model_len=100_000)
     trees = walk_trees()
 
-    def evaluator(ctx, model_dir):
-        return SelfEvaluator(engine, lambda question: question, 4, ctx.cfg.clone.self_evaluation_quorum, seed=1)
-
-    monkeypatch.setattr(stage, "_evaluator", evaluator)
-    strict, _, filters = run_stage(tmp_path, trees)
+    monkeypatch.setattr(stage, "make_engine", lambda *_: engine)
+    monkeypatch.setattr(stage, "_token_counter", lambda model_dir: None)
+    judged = {"model_dir": tmp_path, "self_evaluation_samples": 4}
+    strict, _, filters = run_stage(tmp_path, trees, **judged)
     for row in strict:
         if row["k"] == 0:
             assert "+" in row["completion"].splitlines()[0]
@@ -164,15 +162,17 @@ def test_self_evaluation_keeps_what_the_quorum_accepts(tmp_path, monkeypatch):
     assert counts["read"] == counts["unsolved"] + counts["self_evaluation"] + counts["used"]
     assert engine.stats.requests == 4 * counts["right_terminals"]
     # a second attempt asks only what the journal lacks, and ends the same
-    journal = tmp_path / "traces" / "self_evaluation.jsonl"
+    journal = tmp_path / "traces" / "records.jsonl"
     before = (tmp_path / "traces" / "astro.jsonl").read_bytes()
-    run_stage(tmp_path, trees)
-    assert engine.stats.requests == 4 * counts["right_terminals"]
-    journal.write_bytes(journal.read_bytes()[:-5])
-    run_stage(tmp_path, trees)
-    assert engine.stats.requests == 8 * counts["right_terminals"]
+    asked = engine.stats.requests
+    run_stage(tmp_path, trees, **judged)
+    assert engine.stats.requests == asked
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:10]) + lines[10][:-5])
+    run_stage(tmp_path, trees, **judged)
+    assert asked < engine.stats.requests < 2 * asked
     assert (tmp_path / "traces" / "astro.jsonl").read_bytes() == before
-    _, _, lenient = run_stage(tmp_path, trees, folder="lenient", self_evaluation_quorum=0.25)
+    _, _, lenient = run_stage(tmp_path, trees, "lenient", **judged, self_evaluation_quorum=0.25)
     assert lenient["trees"]["right_terminals_rejected"] < counts["right_terminals_rejected"]
 
 
@@ -210,11 +210,83 @@ def test_self_evaluation_needs_a_model(tmp_path):
         run_stage(tmp_path, walk_trees(2), self_evaluation_samples=8)
 
 
-def test_rows_load_with_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    astro, _, _ = run_stage(tmp_path, walk_trees())
-    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "traces" / "astro.jsonl"), split="train")
-    assert loaded.num_rows == len(astro)
+def test_fixed_phrases_can_be_left_out(tmp_path):
+    astro, direct, _ = run_stage(tmp_path, walk_trees(), fixed_phrase=False, attempt_note=False)
+    phrases = Phrases.load("short")
+    for row in [*astro, *direct]:
+        assert "But wait" not in row["completion"]
+        assert "seems to be correct" not in row["completion"]
+        assert {span["kind"] for span in row["graph"]["spans"]} <= {"step", "backtrack"}
+        assert phrases.count_backtracks(row["completion"]) == row["k"]
+
+
+def test_wrong_paths_can_be_left_before_their_answer(tmp_path):
+    trees = {tree.problem.id: tree for tree in walk_trees()}
+    astro, _, _ = run_stage(tmp_path, list(trees.values()), backtrack_from="inner", backtrack_max_q=1.0)
+    early = 0
+    for row in astro:
+        tree, path = trees[row["problem_id"]], replay(row["graph"])
+        left = [edge["source"] for edge in row["graph"]["edges"] if edge["kind"] == "backtrack"]
+        assert len(left) == row["k"]
+        assert tree.nodes[path[-1]].outcome == "right"
+        early += sum(not tree.nodes[node].terminal for node in left)
+    assert early > 20
+
+
+def test_the_number_of_wrong_paths_can_be_fixed(tmp_path):
+    astro, _, filters = run_stage(tmp_path, walk_trees(), min_incorrect=2, max_incorrect=2)
+    assert {row["k"] for row in astro} == {0, 2}
+    assert filters["astro"]["k=2"] > 10
+    with pytest.raises(ValueError, match="min_incorrect=3 is above"):
+        make_config(tmp_path, min_incorrect=3)
+
+
+def test_a_trace_that_ends_in_another_answer_is_dropped_and_counted(tmp_path):
+    phrases = tmp_path / "mine.yaml"
+    phrases.write_text(
+        'doubt: ["Hm."]\nconfident: ["Or is it \\\\boxed{1 + 1}?"]\nbacktrack: ["Back to {step}"]\nrestart: ["Back."]\n'
+        "backtrack_pattern: Back\n"
+    )
+    with pytest.raises(ConfigError, match="none of"):
+        run_stage(tmp_path, walk_trees(), phrases=str(phrases))
+    counts = json.loads((tmp_path / "traces" / "filters.json").read_text())["astro"]
+    assert counts["answer_changed"] > 20
+
+
+def test_rows_load_with_datasets_and_both_arms_agree_in_form(tmp_path):
+    import datasets
+
+    loaded = {}
+    for folder, rate in (("plain", 0.0), ("reflecting", 1.0)):
+        astro, direct, _ = run_stage(tmp_path, walk_trees(), folder, reflect_rate=rate)
+        for arm, rows in (("astro", astro), ("direct", direct)):
+            path = str(tmp_path / folder / f"{arm}.jsonl")
+            data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+            assert data.num_rows == len(rows)
+            assert data[0]["completion"] == rows[0]["completion"]
+            span = data[1]["graph"]["spans"][0]
+            assert rows[1]["completion"][span["start"] : span["end"]]
+            loaded[folder, arm] = data.features
+    assert len({str(features) for features in loaded.values()}) == 1
+    assert set(loaded["plain", "astro"]) == set(_types(rows[0])) == {
+        "id", "problem_id", "prompt", "completion", "messages", "answer", "arm", "k", "repeat", "num_tokens", "graph",
+    }  # fmt: skip
+    everything = [
+        *read_jsonl(tmp_path / "plain" / "astro.jsonl"),
+        *read_jsonl(tmp_path / "reflecting" / "direct.jsonl"),
+    ]
+    assert len({json.dumps(_types(row)) for row in everything}) == 1, "no field changes its type"
+
+
+def _types(value):
+    """The JSON types in a value, lists by their elements'."""
+    if isinstance(value, dict):
+        return {key: _types(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        kinds = {json.dumps(_types(inner)) for inner in value}
+        assert len(kinds) == 1
+        return [json.loads(kinds.pop())]
+    return type(value).__name__
 
 
 def test_warmup_walks_are_legal_and_ignore_the_target(tmp_path):

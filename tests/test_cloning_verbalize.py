@@ -9,7 +9,7 @@ from test_cloning_linearize import make_tree, trees
 
 from astro_hpc.cloning.linearize import correct_terminals, incorrect_terminals, linearize, sample_incorrect
 from astro_hpc.cloning.phrases import Phrases
-from astro_hpc.cloning.verbalize import TemplateVerbalizer, replay
+from astro_hpc.cloning.verbalize import Reflections, TemplateVerbalizer, replay
 from astro_hpc.config.base import ConfigError
 
 SETS = ["paper", "short", "varied"]
@@ -27,7 +27,9 @@ def test_the_short_phrases_give_the_documented_text():
     tree = two_attempts()
     rng = random.Random(0)
     verbalizer = TemplateVerbalizer(
-        Phrases.load("short"), reflect_rate=0.0, attempt_note=lambda tree, node: f"We got {node.answer} and need 5."
+        Phrases.load("short"),
+        reflections=Reflections(rate=0.0),
+        attempt_note=lambda tree, node: f"We got {node.answer} and need 5.",
     )
     trace = verbalizer(tree, linearize(tree, [tree.nodes[2]], tree.nodes[3], rng), rng)
     assert trace.text == (
@@ -69,7 +71,7 @@ def test_traces_replay_into_their_path(tree, k, seed, name, noted):
     sequence = linearize(tree, chosen, rng.choice(correct), rng)
     phrases = Phrases.load(name)
     note = (lambda tree, node: f"We got {node.answer}.") if noted else None
-    trace = TemplateVerbalizer(phrases, reflect_rate=0.5, attempt_note=note)(tree, sequence, rng)
+    trace = TemplateVerbalizer(phrases, reflections=Reflections(rate=0.5), attempt_note=note)(tree, sequence, rng)
     assert replay(trace.graph(tree)) == [node.id for node in sequence]
     assert phrases.count_backtracks(trace.text) == len(chosen)
     for span in trace.spans:
@@ -87,10 +89,10 @@ def test_confident_reflections_follow_steps_of_high_q_at_their_rate():
     tree = make_tree([0, 1, 2, 3], [("right", "5")])
     for node, q in zip(tree.nodes[1:], (0.9, 0.1, 0.75, 1.0), strict=True):
         node.q = q
-    verbalizer = TemplateVerbalizer(Phrases.load("short"), reflect_min_q=0.75, reflect_rate=1.0)
+    verbalizer = TemplateVerbalizer(Phrases.load("short"), reflections=Reflections(0.75, 1.0))
     trace = verbalizer(tree, tree.path(tree.nodes[4]), random.Random(0))
     assert [span.node for span in trace.spans if span.kind == "reflection"] == [1, 3, 4]
-    silent = TemplateVerbalizer(Phrases.load("short"), reflect_min_q=0.75, reflect_rate=0.0)
+    silent = TemplateVerbalizer(Phrases.load("short"), reflections=Reflections(0.75, 0.0))
     trace = silent(tree, tree.path(tree.nodes[4]), random.Random(0))
     assert [span.node for span in trace.spans if span.kind == "reflection"] == [4]
 

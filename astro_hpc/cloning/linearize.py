@@ -40,11 +40,17 @@ def sample_incorrect(candidates: Sequence[Node], num: int, rng: random.Random) -
     return [rng.choice(by_answer[answer]) for answer in answers]
 
 
-def linearize(tree: Tree, incorrect: Sequence[Node], correct: Node, rng: random.Random) -> list[Node]:
+def linearize(
+    tree: Tree, incorrect: Sequence[Node], correct: Node, rng: random.Random, leave_at_q: float | None = None
+) -> list[Node]:
     """The node sequence that visits `incorrect` in a depth-first order and ends at `correct`.
 
     Starts at the root; each neighbouring pair is parent -> child or descendant -> ancestor; each terminal occurs
     once, and `correct` is last. A node occurs again only as the place gone back to.
+
+    Args:
+        leave_at_q: None: a wrong path is walked to its terminal (the paper). Else it is left at its first own step
+            before the terminal whose Q is at most this, and walked to the end where there is none.
 
     Raises:
         ValueError: a node isn't a terminal, or the same one is given twice.
@@ -55,10 +61,16 @@ def linearize(tree: Tree, incorrect: Sequence[Node], correct: Node, rng: random.
     sequence: list[Node] = []
     visited: set[int] = set()
     previous: list[Node] = []
-    for target in _depth_first(tree, {node.id for node in targets}, correct, rng):
-        path = tree.path(target)
+    paths = [tree.path(target) for target in _depth_first(tree, {node.id for node in targets}, correct, rng)]
+    for path, following in zip(paths, [*paths[1:], None], strict=True):
         if previous:
             sequence.append(lowest_common_ancestor(previous, path))
+        if following is not None and leave_at_q is not None:
+            # Its own steps: below what it shares with the path before and with the one that follows.
+            shared = lowest_common_ancestor(path, following).depth
+            shared = max(shared, lowest_common_ancestor(path, previous).depth) if previous else shared
+            early = next((i for i in range(shared + 1, len(path) - 1) if path[i].q <= leave_at_q), len(path) - 1)
+            path = path[: early + 1]
         sequence += [node for node in path if node.id not in visited]
         visited.update(node.id for node in path)
         previous = path

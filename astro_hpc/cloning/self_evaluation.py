@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import yaml
 
+from astro_hpc.cloning.prompts import fill, read_prompt_file
+from astro_hpc.inference.engine import Engine, SampleRequest
 from astro_hpc.run.seeds import derive_seed
 
-if TYPE_CHECKING:
-    from astro_hpc.inference.engine import Engine
+_ROUNDING = 1e-9
+"""0.55 of 20 verdicts are 11, and not 11.000000000000002."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """On one solution.
+
+    Attributes:
+        accepted: the quorum stands behind it.
+        tokens: generated for it.
+        fits: the model's context held question and verdict; else it is refused unasked.
+    """
+
+    accepted: bool
+    tokens: int = 0
+    fits: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,29 +51,34 @@ class SelfEvaluator:
     quorum: float
     seed: int
 
-    def accepts(self, solutions: Sequence[tuple[str, str]]) -> list[bool]:
-        """One decision for each (problem text, solution text), all sampled in one batch."""
-        from astro_hpc.inference.engine import SampleRequest
+    async def decide(self, problem: str, solutions: Sequence[str]) -> list[Decision]:
+        """One decision for each solution of a problem; all their verdicts are in flight at once."""
+        return list(await asyncio.gather(*(self._decide(problem, solution) for solution in solutions)))
 
-        prompt = _load_prompt()
-        requests = []
-        for problem, solution in solutions:
-            question = prompt.question.replace("{problem}", problem, 1).replace("{solution}", solution.strip(), 1)
-            ids = tuple(self.engine.tokenizer.encode(self.render(question), add_special_tokens=False))
-            requests += [
-                SampleRequest(
-                    ids,
-                    max_tokens=prompt.max_tokens,
-                    temperature=prompt.temperature,
-                    seed=derive_seed(self.seed, "self_evaluation", problem, solution, i),
-                )
-                for i in range(self.num_samples)
-            ]
-        votes = [prompt.accepts(sample.text) for sample in self.engine.generate_many(requests)]
-        return [
-            sum(votes[i * self.num_samples : (i + 1) * self.num_samples]) >= self.quorum * self.num_samples
-            for i in range(len(solutions))
+    async def _decide(self, problem: str, solution: str) -> Decision:
+        prompt = self._prompt
+        question = fill(prompt.question, {"problem": problem, "solution": solution.strip()})
+        ids = tuple(self.engine.tokenizer.encode(self.render(question), add_special_tokens=False))
+        room = self.engine.max_model_len - len(ids)
+        if room < 1:
+            return Decision(False, fits=False)
+        requests = [
+            SampleRequest(
+                ids,
+                max_tokens=min(prompt.max_tokens, room),
+                temperature=prompt.temperature,
+                seed=derive_seed(self.seed, "self_evaluation", problem, solution, i),
+            )
+            for i in range(self.num_samples)
         ]
+        samples = await asyncio.gather(*(self.engine.generate(request) for request in requests))
+        votes = sum(prompt.accepts(sample.text) for sample in samples)
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        return Decision(votes >= self.quorum * self.num_samples - _ROUNDING, tokens)
+
+    @cached_property
+    def _prompt(self) -> _Prompt:
+        return _Prompt(**yaml.safe_load(read_prompt_file("self_evaluation")))
 
 
 @dataclass(frozen=True)
@@ -70,8 +92,3 @@ class _Prompt:
     def accepts(self, text: str) -> bool:
         verdicts = re.findall(self.verdict_pattern, text)
         return bool(verdicts) and verdicts[-1] == self.accepting
-
-
-def _load_prompt() -> _Prompt:
-    text = resources.files("astro_hpc.cloning.prompts").joinpath("self_evaluation.yaml").read_text(encoding="utf-8")
-    return _Prompt(**yaml.safe_load(text))

@@ -1,260 +1,331 @@
-"""The clone stage: search trees become the SFT examples of both arms.
+"""The clone stage: search trees become the SFT examples of both arms; see `examples` for what a tree gives.
 
-The astro arm holds `num_direct` plain solutions (k = 0) and `num_search` solutions that first fail k >= 1 times; the
-direct arm holds plain solutions of the same trees, as many a tree as the astro arm (`equal_arms`), without any
-reflection. Trees are read twice and never held, so memory does not grow with their number.
+Trees are read one after the other and never held beyond those under way. Everything finished goes into a journal, so
+that a killed stage does nothing twice; the data set is put together from the journals of all shards at the end.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
+import asyncio
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, quantiles
-from typing import Any
 
-from astro_hpc.cloning.linearize import correct_terminals, incorrect_terminals, linearize, sample_incorrect
+from astro_hpc.cloning.examples import TreeCloner, TreeExamples, solution_text
+from astro_hpc.cloning.lm_verbalizer import LMVerbalizer
 from astro_hpc.cloning.phrases import Phrases
+from astro_hpc.cloning.prompts import VerbalizePrompts
+from astro_hpc.cloning.records import (
+    Key,
+    Unfinished,
+    read_records,
+    trace_record,
+    tree_record,
+    verdicts_record,
+    write_data_set,
+)
 from astro_hpc.cloning.self_evaluation import SelfEvaluator
-from astro_hpc.cloning.verbalize import TemplateVerbalizer, Trace
+from astro_hpc.cloning.verbalize import Reflections, TemplateVerbalizer, Trace
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
+from astro_hpc.inference import make_engine
+from astro_hpc.inference.engine import Engine
 from astro_hpc.problems import signs
-from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
-from astro_hpc.run.files import Journal, write_json_atomic, write_jsonl_atomic
+from astro_hpc.run.files import Journal, Lock
+from astro_hpc.run.progress import Progress
 from astro_hpc.run.stage import CheckpointedExit, StageContext
+from astro_hpc.search.stage import shard_of
 from astro_hpc.search.tree import Node, Tree
 
-_Sequence = tuple[int, list[Node]]
-"""k and the nodes."""
-_DRAWS_PER_EXAMPLE = 8
-"""Tries to find a sequence that the tree hasn't given yet."""
-_TREES_PER_BATCH = 64
-"""Trees whose solutions are self-evaluated together."""
+_Item = tuple[Key, Tree]
+_STOP_POLL_SECONDS = 0.2
 
 
-def run(ctx: StageContext, *, trees: Iterable[Tree | Path], model_dir: Path | None = None) -> list[Path]:
+def run(
+    ctx: StageContext,
+    *,
+    trees: Iterable[Tree | Path],
+    model_dir: Path | None = None,
+    verbalizer_dir: Path | None = None,
+) -> list[Path]:
     """Write `astro.jsonl`, `direct.jsonl` and `filters.json` into the stage's folder.
-
-    A row is `{"id", "problem_id", "prompt", "completion", "messages", "answer", "arm", "k", "repeat", "num_tokens",
-    "graph"}`; `repeat` is 0 unless the direct arm ran out of different solutions; `num_tokens` (prompt, completion
-    and end of sequence) is 0 without a tokenizer.
 
     Args:
         ctx: the stage's context.
         trees: trees, or journals of them.
         model_dir: the policy's Hugging Face folder: its tokenizer measures examples against `sft.seq_length`, and it
             gives the verdicts when `clone.self_evaluation_samples` > 0.
+        verbalizer_dir: the verbalising model's folder, for `clone.verbalizer: lm`; the policy's when absent.
 
     Raises:
-        ConfigError: no tree gives an example, or self-evaluation is on without a model.
-        CheckpointedExit: asked to stop during self-evaluation; the verdicts so far are journaled.
+        ConfigError: no tree gives an example, or a model is needed and not given.
+        CheckpointedExit: asked to stop; what is finished is in the journal.
     """
+    return write_data_set(ctx, run_shard(ctx, trees=trees, model_dir=model_dir, verbalizer_dir=verbalizer_dir))
+
+
+def run_shard(
+    ctx: StageContext,
+    *,
+    trees: Iterable[Tree | Path],
+    model_dir: Path | None = None,
+    verbalizer_dir: Path | None = None,
+    shard: int = 0,
+    num_shards: int = 1,
+) -> list[Path]:
+    """Write the journal `records.jsonl` of the trees whose problems fall into the shard, as a search's shards do.
+
+    Args and errors are those of `run`. A shard may be empty; `write_data_set` puts the shards' journals together.
+    """
+    path = ctx.dir / "records.jsonl"
     sources = list(trees)
-    evaluator = _evaluator(ctx, model_dir)
-    try:
-        cloner = _Cloner(ctx, _token_counter(model_dir), evaluator)
-        astro, direct = ctx.dir / "astro.jsonl", ctx.dir / "direct.jsonl"
-        written = write_jsonl_atomic(astro, cloner.astro_rows(sources))
-    finally:
-        if evaluator is not None:
-            evaluator.engine.close()
-    if written:
-        write_jsonl_atomic(direct, cloner.direct_rows(sources))
-    report = {name: dict(counts) for name, counts in cloner.filters.items()}
-    filters = ctx.dir / "filters.json"
-    write_json_atomic(filters, {**report, "num_tokens": {arm: _spread(cloner.lengths[arm]) for arm in cloner.lengths}})
-    if not written:
-        raise ConfigError(
-            f"clone: none of {report['trees']['read']} trees gives an example (see {filters}); "
-            "search with more iterations or rollouts, or easier problems"
-        )
-    ctx.count(trace_tokens=sum(map(sum, cloner.lengths.values())), **report)
-    return [astro, direct, filters]
+    with Lock(ctx.dir / ".records.lock"), Journal(path) as journal:
+        work = _Shard(ctx, sources, journal, lambda problem_id: shard_of(problem_id, num_shards) == shard)
+        with (
+            _Models(ctx, model_dir, verbalizer_dir) as models,
+            ctx.progress(_count(sources), "trees", done=len(work.earlier.finished)) as bar,
+        ):
+            try:
+                asyncio.run(work.carry_out(models, bar))
+            except _StoppedError:
+                raise CheckpointedExit(f"{len(work.earlier.finished)} trees are finished") from None
+    report = read_records(ctx, [path]).report
+    tokens = report["trees"].get("verdict_tokens", 0) + report["verbalizer"].get("generated_tokens", 0)
+    ctx.count(**report, tokens=tokens)
+    return [path]
 
 
-class _Cloner:
-    """Makes the rows of both arms and counts what each filter takes."""
+class _StoppedError(Exception):
+    """The stage was asked to stop; what is in flight is dropped."""
+
+
+class _Shard:
+    """Trees of one shard on their way from the search's journals into the stage's own."""
 
     def __init__(
-        self, ctx: StageContext, count_tokens: Callable[[str, str], int] | None, evaluator: SelfEvaluator | None
+        self, ctx: StageContext, sources: Sequence[Tree | Path], journal: Journal, mine: Callable[[str], bool]
     ) -> None:
-        self.ctx = ctx
-        self.settings = ctx.cfg.clone
-        self.max_tokens = ctx.cfg.sft.seq_length
-        self.style = PromptStyle.load(ctx.cfg.model.prompt_style)
-        self.verbalizer = make_verbalizer(ctx.cfg, self.style)
-        self.count_tokens = count_tokens
-        self.evaluator = evaluator
-        self.filters: dict[str, Counter[str]] = {
-            "trees": Counter(read=0, unsolved=0, self_evaluation=0, used=0),
-            "astro": Counter(wanted=0, no_incorrect_terminal=0, duplicate=0, too_long=0, written=0),
-            "direct": Counter(wanted=0, too_long=0, written=0, repeats=0),
-        }
-        self.lengths: dict[str, list[int]] = {"astro": [], "direct": []}
-        self._journal = ctx.dir / "self_evaluation.jsonl"
-        self._verdicts = {(p, i): verdict for batch in Journal.read(self._journal) for p, i, verdict in batch}
-        self._accepted: dict[str, list[int]] = {}
-        self._astro_count: Counter[str] = Counter()
+        self.ctx, self.sources, self.journal, self.mine = ctx, sources, journal, mine
+        self.earlier = Unfinished.read(journal.path)
+        # Only ids, and packed: a search leaves many right terminals, and all trees are judged before the first is told.
+        self.accepted = {key: array("I", ids) for key, ids in self.earlier.accepted.items()}
 
-    def astro_rows(self, sources: Sequence[Tree | Path]) -> Iterator[dict[str, Any]]:
-        """The astro arm; also notes each tree's accepted solutions and number of rows for the direct arm."""
-        counts = self.filters["astro"]
-        for tree, accepted in self._used_trees(sources):
-            problem = tree.problem
-            rng = random.Random(self.ctx.seed("clone", "astro", problem.id))
-            counts["wanted"] += self.settings.num_direct + self.settings.num_search
-            sequences = [*self._direct_sequences(tree, accepted, rng), *self._search_sequences(tree, accepted, rng)]
-            for index, (k, sequence) in enumerate(sequences):
-                trace = self.verbalizer(tree, sequence, rng)
-                row = self._row(tree, sequence[-1], trace, "astro", index, k)
-                if row is not None:
-                    self._astro_count[problem.id] += 1
-                    yield row
+    async def carry_out(self, models: _Models, bar: Progress) -> None:
+        """Judge all trees' solutions where that is asked for, then write all trees' examples."""
+        cfg = self.ctx.cfg
+        style = PromptStyle.load(cfg.model.prompt_style)
+        template = make_template(cfg, style)
+        if cfg.clone.verbalizer == "lm":
+            check_prompts(cfg, template)
+        cloner = TreeCloner(cfg, style, template, template, models.token_counter())
+        in_flight = cfg.clone.traces_in_flight
+        if cfg.clone.self_evaluation_samples:
+            unjudged = (item for item in self._trees() if item[0] not in self.accepted)
+            await self._each(unjudged, lambda items: self._judge(cloner, models, style, items), in_flight)
+        if cfg.clone.verbalizer == "lm":
+            await self._each(self._trees(bar), lambda items: self._tell_by_lm(cloner, models, items, bar), in_flight)
+        else:
+            await self._each(self._trees(bar), lambda items: self._tell(cloner, items, bar), 1)
 
-    def direct_rows(self, sources: Sequence[Tree | Path]) -> Iterator[dict[str, Any]]:
-        """The direct arm, of the trees that `astro_rows` went through before."""
-        counts = self.filters["direct"]
-        for tree in _read_trees(sources):
-            problem = tree.problem
-            accepted = self._accepted.pop(problem.id, None)
-            if accepted is None:
+    # --- the two phases -------------------------------------------------------------------------------------------
+
+    async def _judge(self, cloner: TreeCloner, models: _Models, style: PromptStyle, items: Iterator[_Item]) -> None:
+        """Self-evaluation: which of each tree's solutions the policy stands behind."""
+        settings = self.ctx.cfg.clone
+        for key, tree in items:
+            evaluator = SelfEvaluator(
+                models.policy(),
+                style.render,
+                settings.self_evaluation_samples,
+                settings.self_evaluation_quorum,
+                self.ctx.seed("clone"),
+            )
+            nodes = cloner.sound_solutions(tree)
+            decisions = await evaluator.decide(tree.problem.text, [solution_text(tree, node) for node in nodes])
+            accepted = [node.id for node, decision in zip(nodes, decisions, strict=True) if decision.accepted]
+            counts = {
+                "verdict_tokens": sum(decision.tokens for decision in decisions),
+                "too_long_for_a_verdict": sum(not decision.fits for decision in decisions),
+            }
+            self.journal.append(verdicts_record(key, accepted, counts))
+            self.accepted[key] = array("I", accepted)
+
+    async def _tell_by_lm(self, cloner: TreeCloner, models: _Models, items: Iterator[_Item], bar: Progress) -> None:
+        for item in items:  # the engine is made when the first tree comes, if one does
+            await self._tell(replace(cloner, verbalizer=models.verbalizer(cloner)), iter([item]), bar)
+
+    async def _tell(self, cloner: TreeCloner, items: Iterator[_Item], bar: Progress) -> None:
+        """Write the examples of trees."""
+        for key, tree in items:
+            written = await self._examples_of(cloner, key, tree)
+            self.journal.append(tree_record(key, tree.problem.id, written.to_json()))
+            self.earlier.finish(key)
+            self.accepted.pop(key, None)
+            bar.update(1)
+
+    async def _examples_of(self, cloner: TreeCloner, key: Key, tree: Tree) -> TreeExamples:
+        sound = cloner.sound_solutions(tree)
+        accepted = sound
+        if self.ctx.cfg.clone.self_evaluation_samples:
+            behind = set(self.accepted[key])
+            accepted = [node for node in sound if node.id in behind]
+        written = TreeExamples()
+        if accepted:
+            written = await cloner.examples(
+                tree, accepted, self.earlier.traces.get(key, {}), lambda name, trace: self._keep(key, name, trace)
+            )
+        counts = written.counts["trees"]
+        counts["read"] += 1
+        counts["unsolved"] += not tree.solved
+        counts["no_sound_solution"] += tree.solved and not sound
+        counts["self_evaluation"] += bool(sound) and not accepted
+        counts["used"] += bool(accepted)
+        counts["right_terminals"] += len(sound)
+        counts["right_terminals_rejected"] += len(sound) - len(accepted)
+        counts["terminals_with_bad_steps"] += sum(node.outcome == "right" for node in tree.terminals()) - len(sound)
+        return written
+
+    def _keep(self, key: Key, name: str, trace: Trace) -> None:
+        if trace.counts:  # the template's cost nothing to write again
+            self.journal.append(trace_record(key, name, trace))
+
+    # --- trees in, work out ---------------------------------------------------------------------------------------
+
+    def _trees(self, bar: Progress | None = None) -> Iterator[_Item]:
+        """The shard's trees that have no examples in the journal yet; of several of a problem the first."""
+        seen: set[str] = set()
+        for key, tree in _read(self.sources):
+            problem_id = tree.problem.id
+            if not self.mine(problem_id):
+                if bar is not None:
+                    bar.update(1)
                 continue
-            wanted = self._astro_count[problem.id] if self.settings.equal_arms else self.settings.num_direct
-            counts["wanted"] += wanted
-            rng = random.Random(self.ctx.seed("clone", "direct", problem.id))
-            nodes = _different_solutions(tree, [tree.nodes[i] for i in accepted], rng)
-            traces = [(node, self.verbalizer(tree, tree.path(node), rng, reflect=False)) for node in nodes]
-            fitting = [(node, trace) for node, trace in traces if self._fits(problem, trace)]
-            if not fitting:
-                counts["too_long"] += wanted
-                continue
-            num_rows = wanted if self.settings.equal_arms else min(wanted, len(fitting))
-            for index, (node, trace) in enumerate(itertools.islice(itertools.cycle(fitting), num_rows)):
-                row = self._row(tree, node, trace, "direct", index, 0, repeat=index // len(fitting))
-                assert row is not None
-                counts["repeats"] += row["repeat"] > 0
-                yield row
+            if problem_id not in seen:
+                seen.add(problem_id)
+                if key not in self.earlier.finished:
+                    yield key, tree
+            elif key not in self.earlier.finished:
+                again = TreeExamples()
+                again.counts["trees"] += Counter(read=1, same_problem=1)
+                self.journal.append(tree_record(key, problem_id, again.to_json()))
+                self.earlier.finish(key)
 
-    def _used_trees(self, sources: Sequence[Tree | Path]) -> Iterator[tuple[Tree, list[Node]]]:
-        """Trees with at least one accepted correct terminal, and these (Psi')."""
-        counts = self.filters["trees"]
-        for batch in _batched(_read_trees(sources), _TREES_PER_BATCH):
-            correct = [self._sound(tree, correct_terminals(tree)) for tree in batch]
-            accepted = self._self_evaluate(batch, correct) if self.evaluator is not None else correct
-            for tree, before, after in zip(batch, correct, accepted, strict=True):
-                counts["read"] += 1
-                counts["unsolved"] += not tree.solved
-                counts["no_sound_solution"] += tree.solved and not before
-                counts["self_evaluation"] += bool(before) and not after
-                counts["right_terminals"] += len(before)
-                counts["right_terminals_rejected"] += len(before) - len(after)
-                if after and tree.problem.id not in self._accepted:
-                    counts["used"] += 1
-                    self._accepted[tree.problem.id] = [node.id for node in after]
-                    yield tree, after
-                elif after:
-                    counts["same_problem"] += 1
+    async def _each(
+        self, items: Iterator[_Item], work: Callable[[Iterator[_Item]], Awaitable[None]], in_flight: int
+    ) -> None:
+        """Let `in_flight` workers take items in order, so that the engine's queue doesn't drain while any are left."""
 
-    def _sound(self, tree: Tree, terminals: list[Node]) -> list[Node]:
-        """The terminals whose steps agree with their answer, where that is asked for and can be told."""
-        if not self.settings.check_steps or tree.problem.checker != signs.CHECKER:
-            return terminals
-        sound = [t for t in terminals if signs.steps_agree([n.step for n in tree.path(t)[1:-1]], t.answer or "")]
-        self.filters["trees"]["terminals_with_bad_steps"] += len(terminals) - len(sound)
-        return sound
+        def until_stopped() -> Iterator[_Item]:
+            for item in items:
+                if self.ctx.stop_requested:
+                    raise _StoppedError
+                yield item
 
-    def _self_evaluate(self, trees: Sequence[Tree], correct: Sequence[list[Node]]) -> list[list[Node]]:
-        """Psi' of each tree; what an earlier attempt has journaled is not asked again."""
-        assert self.evaluator is not None
-        if self.ctx.stop_requested:
-            raise CheckpointedExit(f"{self.ctx.label}: stopped after {len(self._verdicts)} solutions")
-        keys = [(tree.problem.id, node.id) for tree, nodes in zip(trees, correct, strict=True) for node in nodes]
-        by_id = {tree.problem.id: tree for tree in trees}
-        asked = [key for key in keys if key not in self._verdicts]
-        solutions = [(by_id[p].problem.text, _solution_text(by_id[p], by_id[p].nodes[i])) for p, i in asked]
-        verdicts = self.evaluator.accepts(solutions) if solutions else []
-        if asked:
-            with Journal(self._journal) as journal:
-                journal.append([[*key, verdict] for key, verdict in zip(asked, verdicts, strict=True)])
-            self._verdicts.update(zip(asked, verdicts, strict=True))
-        return [
-            [node for node in nodes if self._verdicts[tree.problem.id, node.id]]
-            for tree, nodes in zip(trees, correct, strict=True)
-        ]
+        queue = until_stopped()
 
-    def _direct_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[_Sequence]:
-        nodes = _different_solutions(tree, accepted, rng)
-        self.filters["astro"]["duplicate"] += max(0, self.settings.num_direct - len(nodes))
-        for node in nodes[: self.settings.num_direct]:
-            yield 0, tree.path(node)
+        async def worker() -> None:
+            await work(queue)
 
-    def _search_sequences(self, tree: Tree, accepted: list[Node], rng: random.Random) -> Iterator[_Sequence]:
-        wanted, counts = self.settings.num_search, self.filters["astro"]
-        incorrect = self._sound(tree, incorrect_terminals(tree))
-        max_k = min(self.settings.max_incorrect, len({node.answer for node in incorrect}))
-        if max_k == 0:
-            counts["no_incorrect_terminal"] += wanted
-            return
-        seen: set[tuple[int, ...]] = set()
-        for _ in range(wanted * _DRAWS_PER_EXAMPLE):
-            if len(seen) == wanted:
-                break
-            chosen = sample_incorrect(incorrect, rng.randint(1, max_k), rng)
-            sequence = linearize(tree, chosen, rng.choice(accepted), rng)
-            key = tuple(node.id for node in sequence)
-            if key not in seen:
-                seen.add(key)
-                yield len(chosen), sequence
-        counts["duplicate"] += wanted - len(seen)
+        async def watch() -> None:
+            while not self.ctx.stop_requested:
+                await asyncio.sleep(_STOP_POLL_SECONDS)
+            raise _StoppedError
 
-    def _row(
-        self, tree: Tree, last: Node, trace: Trace, arm: str, index: int, k: int, repeat: int = 0
-    ) -> dict[str, Any] | None:
-        """The example, or None (counted) when it is longer than SFT takes."""
-        problem, counts = tree.problem, self.filters[arm]
-        num_tokens = self._num_tokens(problem, trace)
-        if num_tokens > self.max_tokens:
-            counts["too_long"] += 1
-            return None
-        counts["written"] += 1
-        counts[f"k={k}"] += 1
-        self.lengths[arm].append(num_tokens)
-        return {
-            "id": f"{problem.id}/{arm}/{index}",
-            "problem_id": problem.id,
-            "prompt": self.style.render(problem.text),
-            "completion": trace.text,
-            "messages": [
-                {"role": "user", "content": problem.text},
-                {"role": "assistant", "content": trace.text},
-            ],
-            "answer": last.answer or "",
-            "arm": arm,
-            "k": k,
-            "repeat": repeat,
-            "num_tokens": num_tokens,
-            "graph": trace.graph(tree),
-        }
-
-    def _num_tokens(self, problem: Problem, trace: Trace) -> int:
-        return self.count_tokens(self.style.render(problem.text), trace.text) if self.count_tokens else 0
-
-    def _fits(self, problem: Problem, trace: Trace) -> bool:
-        return self._num_tokens(problem, trace) <= self.max_tokens
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(watch())
+                workers = [group.create_task(worker()) for _ in range(in_flight)]
+                await asyncio.wait(workers)
+                watcher.cancel()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
 
-def make_verbalizer(cfg: RunConfig, style: PromptStyle) -> TemplateVerbalizer:
-    """The verbaliser that `cfg.clone` asks for."""
+class _Models:
+    """The models that the stage needs, each loaded when it is first asked for, one at a time."""
+
+    def __init__(self, ctx: StageContext, model_dir: Path | None, verbalizer_dir: Path | None) -> None:
+        settings = ctx.cfg.clone
+        if model_dir is None and settings.self_evaluation_samples:
+            raise ConfigError("clone.self_evaluation_samples > 0 needs the policy's folder; give one, or set it to 0")
+        if model_dir is None and verbalizer_dir is None and settings.verbalizer == "lm":
+            raise ConfigError("clone.verbalizer=lm needs a model's folder; give one, or set it to template")
+        self.ctx, self._policy_dir, self._verbalizer_dir = ctx, model_dir, verbalizer_dir or model_dir
+        self._loaded: tuple[Path, Engine] | None = None
+        self._verbalizer: LMVerbalizer | None = None
+
+    def __enter__(self) -> _Models:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def policy(self) -> Engine:
+        """The searching model's engine."""
+        assert self._policy_dir is not None
+        return self._engine(self._policy_dir)
+
+    def verbalizer(self, cloner: TreeCloner) -> LMVerbalizer:
+        """The language model that verbalises."""
+        if self._verbalizer is None:
+            assert self._verbalizer_dir is not None
+            own = self._verbalizer_dir == self._policy_dir
+            self._verbalizer = make_lm_verbalizer(self.ctx, cloner, self._engine(self._verbalizer_dir), own)
+        return self._verbalizer
+
+    def token_counter(self) -> Callable[[str, str], int] | None:
+        """Tokens of prompt, completion and end of sequence, as training will see them."""
+        return _token_counter(self._policy_dir)
+
+    def _engine(self, folder: Path) -> Engine:
+        if self._loaded is not None and self._loaded[0] != folder:
+            self._close()
+        if self._loaded is None:
+            self._loaded = (folder, make_engine(folder, self.ctx.cfg.inference, self.ctx.seed("clone", "engine")))
+        return self._loaded[1]
+
+    def _close(self) -> None:
+        if self._loaded is not None:
+            self._loaded[1].close()
+            self._loaded = None
+
+
+def make_template(cfg: RunConfig, style: PromptStyle) -> TemplateVerbalizer:
+    """The template verbaliser, which also says what the language model isn't asked for."""
+    settings = cfg.clone
     return TemplateVerbalizer(
-        Phrases.load(cfg.clone.phrases),
+        Phrases.load(settings.phrases),
         separator=style.step_delimiter if style.step_delimiter.isspace() else "\n\n",
-        reflect_min_q=cfg.clone.reflect_min_q,
-        reflect_rate=cfg.clone.reflect_rate,
-        attempt_note=_attempt_note if cfg.clone.attempt_note else None,
+        reflections=Reflections(settings.reflect_min_q, settings.reflect_rate, settings.fixed_phrase),
+        attempt_note=_attempt_note if settings.attempt_note else None,
+        seed=cfg.seed,
+    )
+
+
+def check_prompts(cfg: RunConfig, template: TemplateVerbalizer) -> None:
+    """Find mistakes in prompts and phrases before a model is loaded."""
+    LMVerbalizer.check(VerbalizePrompts.load(cfg.clone.verbalizer_prompts), template.phrases)
+
+
+def make_lm_verbalizer(ctx: StageContext, cloner: TreeCloner, engine: Engine, is_policy: bool) -> LMVerbalizer:
+    """The verbaliser of `clone.verbalizer: lm` on an engine; `is_policy`: it is the searching model itself."""
+    settings, style = ctx.cfg.clone, cloner.style
+    return LMVerbalizer(
+        engine,
+        cloner.template,
+        VerbalizePrompts.load(settings.verbalizer_prompts),
+        delimiter=style.step_delimiter,
+        answer_markers=tuple(dict.fromkeys([*ctx.cfg.verifier.answer_markers, style.answer_marker])),
+        answer_of=cloner.answer_of,
+        stop=style.stop if is_policy else (),
+        temperature=settings.verbalizer_temperature,
+        max_tokens=settings.verbalizer_max_tokens,
+        retries=settings.verbalizer_retries,
+        seed=ctx.cfg.seed,
+        slots=asyncio.Semaphore(settings.traces_in_flight),
     )
 
 
@@ -265,34 +336,28 @@ def _attempt_note(tree: Tree, node: Node) -> str | None:
     return signs.attempt_note(tree.problem, node.answer)
 
 
-def _read_trees(sources: Sequence[Tree | Path]) -> Iterator[Tree]:
+def _read(sources: Sequence[Tree | Path]) -> Iterator[_Item]:
+    for number, source in enumerate(sources):
+        if isinstance(source, Path):
+            for line, row in enumerate(Journal.read(source)):
+                yield (number, line), Tree.from_json(row)
+        else:
+            yield (number, 0), source
+
+
+def _count(sources: Sequence[Tree | Path]) -> int:
+    """Trees in all sources, without reading them as such."""
+    count = 0
     for source in sources:
         if isinstance(source, Path):
-            yield from map(Tree.from_json, Journal.read(source))
+            with open(source, "rb") as handle:
+                count += sum(1 for _ in handle)
         else:
-            yield source
-
-
-def _solution_text(tree: Tree, node: Node) -> str:
-    return "".join(step.step for step in tree.path(node))
-
-
-def _different_solutions(tree: Tree, nodes: Sequence[Node], rng: random.Random) -> list[Node]:
-    """`nodes` shuffled, without those whose solution reads the same as another's."""
-    by_text = {_solution_text(tree, node).strip(): node for node in reversed(nodes)}
-    different = sorted(by_text.values(), key=lambda node: node.id)
-    rng.shuffle(different)
-    return different
-
-
-def _batched(trees: Iterable[Tree], size: int) -> Iterator[list[Tree]]:
-    iterator = iter(trees)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+            count += 1
+    return count
 
 
 def _token_counter(model_dir: Path | None) -> Callable[[str, str], int] | None:
-    """Tokens of prompt, completion and end of sequence, as training will see them."""
     if model_dir is None:
         return None
     from astro_hpc.training.data import load_tokenizer
@@ -303,27 +368,3 @@ def _token_counter(model_dir: Path | None) -> Callable[[str, str], int] | None:
         return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in (prompt, completion)) + 1
 
     return count
-
-
-def _evaluator(ctx: StageContext, model_dir: Path | None) -> SelfEvaluator | None:
-    settings = ctx.cfg.clone
-    if settings.self_evaluation_samples == 0:
-        return None
-    if model_dir is None:
-        raise ConfigError("clone.self_evaluation_samples > 0 needs the policy's folder; give one, or set it to 0")
-    from astro_hpc.inference import make_engine
-
-    return SelfEvaluator(
-        make_engine(model_dir, ctx.cfg.inference, ctx.seed("clone", "engine")),
-        PromptStyle.load(ctx.cfg.model.prompt_style).render,
-        settings.self_evaluation_samples,
-        settings.self_evaluation_quorum,
-        ctx.seed("clone"),
-    )
-
-
-def _spread(lengths: Sequence[int]) -> dict[str, float]:
-    if not any(lengths):
-        return {}
-    cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else [float(lengths[0])] * 19
-    return {"mean": round(mean(lengths), 1), "p50": cuts[9], "p95": cuts[18], "max": max(lengths), "sum": sum(lengths)}

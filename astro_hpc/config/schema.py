@@ -320,6 +320,12 @@ class CloneConfig(Section):
     """Solutions with backtracking (k >= 1) a problem."""
     max_incorrect: Annotated[int, Field(ge=0)] = 2
     """Largest k: wrong terminals visited before the right one."""
+    min_incorrect: PositiveInt = 1
+    """Smallest k of a solution with backtracking; equal to max_incorrect: a fixed k (an ablation)."""
+    backtrack_from: Literal["terminal", "inner"] = "terminal"
+    """Where a wrong path is left: at its wrong answer (the paper), or at its first own step of low Q (an ablation)."""
+    backtrack_max_q: Probability = 0.25
+    """With `inner`: a step's Q is low up to this; a path without such a step is walked to its end (ours)."""
     self_evaluation_samples: Annotated[int, Field(ge=0)] = 8
     """Verdicts of the model on a right solution; 0 switches the filter off."""
     self_evaluation_quorum: Probability = 1.0
@@ -327,13 +333,28 @@ class CloneConfig(Section):
     check_steps: bool = False
     """Use only terminals whose steps agree with their answer, where the family can tell; the verifier reads the
     answer alone (ours)."""
-    verbalizer: Literal["template"] = "template"
+    verbalizer: Literal["template", "lm"] = "template"
+    """Who finds the words: phrases around the steps as the policy wrote them, or a language model (the paper)."""
+    verbalizer_model: str | None = None
+    """The language model that verbalises, named as model.path is; the policy when absent."""
+    verbalizer_prompts: str = "verbalize"
+    """Few-shot prompts of the lm verbaliser: a file in astro_hpc/cloning/prompts, or a path ending in .yaml."""
+    verbalizer_temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Of the lm verbaliser's samples (ours)."""
+    verbalizer_max_tokens: PositiveInt = 512
+    """Tokens of one rewritten step or backtrack, at most (ours)."""
+    verbalizer_retries: Annotated[int, Field(ge=0)] = 2
+    """Further tries, with other seeds, after a text that fails the checks; then the template stands in (ours)."""
+    traces_in_flight: PositiveInt = 128
+    """Traces that are written on one engine at the same time."""
     phrases: str = "paper"
     """Wordings of reflections and backtracks: a file in astro_hpc/cloning/phrases, or a path to one."""
     reflect_min_q: Probability = 0.75
     """A confident reflection may follow a step whose Q is at least this (ours)."""
     reflect_rate: Probability = 0.2
     """How often it does (ours)."""
+    fixed_phrase: bool = True
+    """Off: no reflection phrase anywhere, a backtrack stands alone (an ablation)."""
     attempt_note: bool = False
     """Before a verdict, state what the attempt gave (`We got 9 and need 5.`), where the family can tell (ours)."""
     equal_arms: bool = True
@@ -345,6 +366,10 @@ class CloneConfig(Section):
             raise ValueError("clone.num_direct and clone.num_search are both 0: there would be nothing to train on")
         if self.num_search > 0 and self.max_incorrect == 0:
             raise ValueError("clone.num_search > 0 needs clone.max_incorrect >= 1 (or set num_search to 0)")
+        if self.num_search > 0 and self.min_incorrect > self.max_incorrect:
+            raise ValueError(
+                f"clone.min_incorrect={self.min_incorrect} is above clone.max_incorrect={self.max_incorrect}; lower it"
+            )
         return self
 
 

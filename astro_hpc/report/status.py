@@ -18,6 +18,8 @@ def run_status(cfg: RunConfig) -> list[dict[str, Any]]:
     folders = ["warmup"] if cfg.warmup.enabled else []
     shards = sorted(path.name for path in (cfg.run_dir / "search").glob("shard-?????-of-?????"))
     folders += [f"search/{name}" for name in shards or ["shard-00000-of-00001"]]
+    cloned = {path.name[-5:] for path in (cfg.run_dir / "clone").glob("shard-?????-of-?????")}
+    folders += [f"clone/shard-{shard:05d}-of-{total}" for total in sorted(cloned) for shard in range(int(total))]
     folders.append("traces")
     for arm in cfg.arms:
         folders += [f"sft/{arm}", f"select/{arm}", f"rl/{arm}"]

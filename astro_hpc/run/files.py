@@ -241,10 +241,25 @@ class Journal:
         Raises:
             ConfigError: a line other than the last is damaged.
         """
+        for _, value in Journal.read_with_offsets(path):
+            yield value
+
+    @staticmethod
+    def read_with_offsets(path: Path) -> Iterator[tuple[int, Any]]:
+        """As `read`, each value with its place for `read_at`."""
         if not path.exists():
             return
-        for _, body in _journal_lines(path):
-            yield json.loads(body)
+        start = 0
+        for end, body in _journal_lines(path):
+            yield start, json.loads(body)
+            start = end
+
+    @staticmethod
+    def read_at(path: Path, offset: int) -> Any:
+        """The value at a place that `read_with_offsets` gave."""
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            return json.loads(handle.readline().partition(b" ")[2])
 
 
 def _journal_lines(path: Path) -> Iterator[tuple[int, bytes]]:

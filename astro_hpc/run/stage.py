@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,7 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
     for name, path in stage.inputs.items():
         if not path.exists():
             raise ConfigError(f"{stage.label}: its input {name} is missing ({path}); run the stage that makes it first")
-    wanted = {
-        "settings": _digest(stage.settings),
-        "inputs": {name: fingerprint(path) for name, path in stage.inputs.items()},
-    }
+    wanted = _wanted(stage)
     with Lock(cfg.run_dir / ".locks" / (stage.label.replace("/", "-") + ".lock"), f"{cfg.run_dir}: {stage.label}"):
         done = _read(folder / "manifest.json")
         begun = done or _read(folder / "state.json")
@@ -153,6 +150,33 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
             )
         _carry_out(cfg, stage, folder, begun, wanted)
     return True
+
+
+def require_done(cfg: RunConfig, stages: Iterable[Stage]) -> None:
+    """Make sure that all `stages` were carried out, as they are declared now.
+
+    Raises:
+        ConfigError: one is not finished, or was done with other inputs or settings.
+    """
+    known: dict[Path, str] = {}
+    for stage in stages:
+        done = read_manifest(cfg.run_dir / stage.dir)
+        if done is None:
+            raise ConfigError(f"{stage.label}: is not finished; run it first, it goes on where it was stopped")
+        if changed := _changed(done, _wanted(stage, known), stage):
+            raise ConfigError(f"{stage.label}: was done with other {', '.join(changed)}; do it again with --redo")
+
+
+def _wanted(stage: Stage, known: dict[Path, str] | None = None) -> dict[str, Any]:
+    """What a manifest must hold for the stage to count as done; `known` keeps fingerprints that stages share."""
+    known = {} if known is None else known
+    for path in stage.inputs.values():
+        if path not in known:
+            known[path] = fingerprint(path)
+    return {
+        "settings": _digest(stage.settings),
+        "inputs": {name: known[path] for name, path in stage.inputs.items()},
+    }
 
 
 def _carry_out(
