@@ -314,7 +314,7 @@ def _evaluator(ctx: StageContext, model_dir: Path | None) -> SelfEvaluator | Non
     from astro_hpc.inference import make_engine
 
     return SelfEvaluator(
-        make_engine(model_dir, ctx.cfg.inference, ctx.seed("clone", "engine")),
+        make_engine(model_dir, ctx.cfg.inference, ctx.seed("clone", "engine"), ctx.log_dir),
         PromptStyle.load(ctx.cfg.model.prompt_style).render,
         settings.self_evaluation_samples,
         settings.self_evaluation_quorum,

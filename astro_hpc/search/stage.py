@@ -96,7 +96,7 @@ def _search(
 ) -> None:
     cfg = ctx.cfg
     style = PromptStyle.load(cfg.model.prompt_style)
-    engine = make_engine(model_dir, cfg.inference, ctx.seed("search", "engine"))
+    engine = make_engine(model_dir, cfg.inference, ctx.seed("search", "engine"), ctx.log_dir)
     total = statistics.trees + len(problems)
     started = time.monotonic()
     try:
