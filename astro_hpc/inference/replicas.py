@@ -19,7 +19,7 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.balancer import Balancer, RetryPolicy
 from astro_hpc.inference.engine import SampleRequest
-from astro_hpc.inference.local_server import LocalServer, choose_port, default_threads, gpu_shares, model_names
+from astro_hpc.inference.local_server import LocalServer, choose_port, default_threads, gpu_shares
 from astro_hpc.inference.server_client import INITIAL_WEIGHTS, ServerClient, ServerError, ServerFault, ServerUnfit
 from astro_hpc.run.seeds import derive_seed
 
@@ -39,7 +39,8 @@ class Weights:
 
     Attributes:
         version: the caller's number.
-        name: what the servers call them once they have been pushed; unlike any other engine's.
+        name: what the servers call them once they have been pushed. Two engines that want the same files want the
+            same name, and share servers in peace.
         folder: where they lie.
         initial: they are the model's own, which a server that has just started has too.
     """
@@ -59,8 +60,8 @@ class Replica:
     """One server as the engine sees it.
 
     Attributes:
-        well: requests may go to it.
-        lost: resolved when it stops being well; requests at it are to be tried elsewhere.
+        well: new requests may go to it.
+        lost: resolved when it is out of reach; requests that are at it are to be tried elsewhere.
         wake: set to look at it at once.
         faults: wrong answers in a row.
         trouble: what was wrong with it last.
@@ -104,7 +105,7 @@ class ReplicaSet:
         cfg: InferenceConfig,
         seed: int,
         log_dir: Path | None,
-        weights: Weights,
+        names: list[str],
         probe: SampleRequest,
         count: Callable[[str], None],
     ) -> None:
@@ -113,15 +114,15 @@ class ReplicaSet:
         Args:
             seed: of the servers that are started, and of the jitter between looks at a lost one.
             log_dir: for the output of servers that are started; None: this process's own output.
-            weights: what the servers are to have.
+            names: of the model, as `model_names` gives them.
             probe: a short request, which a server has to answer to be used.
             count: called with the name of an event that is worth counting.
         """
-        self.wanted = weights
+        self.wanted = Weights(0, names[1], model_dir, initial=True)
         self.failure: str | None = None
         self._model_dir, self._cfg, self._seed, self._log_dir = model_dir, cfg, seed, log_dir
         self._probe, self._count = probe, count
-        self._names = model_names(model_dir)
+        self._names = names
         self._retry = RetryPolicy()
         self._replicas: list[Replica] = []
         self._waiting: deque[_Waiting] = deque()
@@ -267,34 +268,38 @@ class ReplicaSet:
     def blame(self, replica: Replica, error: ServerError) -> None:
         """A request failed at `replica`: a failed connection is looked into, wrong answers are borne a few times."""
         replica.faults += 1
-        lost = error.lost if isinstance(error, ServerFault) else isinstance(error, ServerUnfit)
+        lost = isinstance(error, ServerUnfit) or (isinstance(error, ServerFault) and error.lost)
         if lost or replica.faults >= _FAULTS_IN_A_ROW:
-            self.lose(replica, str(error))
+            self.suspect(replica, str(error))
 
-    def lose(self, replica: Replica, trouble: str) -> None:
-        """Send nothing to a replica until it has been admitted again; what it was at is tried elsewhere."""
+    def suspect(self, replica: Replica, trouble: str) -> None:
+        """Send nothing new to a replica until it has passed all checks, now; what it is at goes on."""
         replica.trouble = trouble
         replica.wake.set()
-        if not replica.well:
-            return
         replica.well = False
-        replica.lost.set_result(None)
-        self._count("replicas_lost")
-        if not any(other.well for other in self._replicas):
+        if not self._well() and self._none_well_since is None:
             self._none_well_since = time.monotonic()
+
+    def _lose(self, replica: Replica, trouble: str) -> None:
+        """As `suspect`; and what the replica is at is tried elsewhere."""
+        self.suspect(replica, trouble)
+        if not replica.lost.done():
+            replica.lost.set_result(None)
+            self._count("replicas_lost")
 
     async def _admit(self, replica: Replica) -> None:
         """Let a replica take requests once it has passed all checks and has the wanted weights."""
         wanted = self.wanted
+        await replica.client.check_health()
         if not wanted.are(await replica.client.check_fit(self._names, self._cfg.max_model_len, self._probe)):
             await replica.client.push_weights(str(wanted.folder), wanted.name)
         if wanted is not self.wanted:
             raise ServerFault("there are newer weights already")
         replica.trouble, replica.faults = "", 0
         self._balancer.forget(replica.url)
-        if not replica.well:
-            replica.well, replica.lost = True, asyncio.get_running_loop().create_future()
-        self._none_well_since = None
+        if replica.lost.done():
+            replica.lost = asyncio.get_running_loop().create_future()
+        replica.well, self._none_well_since = True, None
         self._dispatch()
 
     async def _keep(self, replica: Replica) -> None:
@@ -311,15 +316,16 @@ class ReplicaSet:
                     await replica.client.check_health()
                 else:
                     if replica.local is not None and replica.local.exit_code() is not None:
+                        self._lose(replica, f"ended with exit code {replica.local.exit_code()}")
                         await self._restart(replica, replica.local)
                     await self._admit(replica)
                 failures = 0
             except ServerError as error:
                 failures += 1
-                if not replica.well:
-                    replica.trouble = str(error)
-                elif failures >= _MISSED_LOOKS or (isinstance(error, ServerFault) and error.lost):
-                    self.lose(replica, str(error))
+                gone = isinstance(error, ServerFault) and error.lost
+                if gone or not replica.well or failures >= _MISSED_LOOKS:
+                    self._lose(replica, str(error))
+                    replica.wake.clear()  # a look that failed is followed by a pause
 
     async def _restart(self, replica: Replica, local: LocalServer) -> None:
         if replica.restarts >= _MAX_RESTARTS:
@@ -365,14 +371,14 @@ class ReplicaSet:
             except ServerUnfit as error:
                 raise ConfigError(f"inference.servers: {replica.url} {error}") from None
             except ServerError as error:
-                self.lose(replica, str(error))
+                self.suspect(replica, str(error))
         self.wanted = weights
 
         async def push(replica: Replica) -> str:
             try:
                 await replica.client.push_weights(str(weights.folder), weights.name)
             except ServerError as error:
-                self.lose(replica, str(error))
+                self.suspect(replica, str(error))
                 return f"{replica.url}: {error}"
             self._balancer.forget(replica.url)
             return ""

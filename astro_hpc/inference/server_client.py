@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -236,8 +237,8 @@ class ServerClient:
         except TimeoutError:
             raise ServerFault(f"no answer to {path} in time") from None
         except (aiohttp.ClientError, OSError) as error:
-            reason = getattr(error, "os_error", None)
-            text = reason.strerror if reason is not None and reason.strerror else str(error) or type(error).__name__
+            number = getattr(getattr(error, "os_error", error), "errno", None)
+            text = os.strerror(number) if number else str(error) or type(error).__name__
             raise ServerFault(text, lost=True) from None
         if status != 200:
             raise _error(status, path, bytes(data))
@@ -260,9 +261,7 @@ def _error(status: int, path: str, data: bytes) -> ServerError:
     if status in (401, 407):
         return ServerUnfit("asks for an API key; name its environment variable in inference.server_api_key_env")
     if path == "/inference/v1/generate" and status in (403, 404, 405):
-        return ServerUnfit(
-            "gives no token ids; start it with `astro-hpc serve CONFIG`, or vLLM with --enable-scale-out"
-        )
+        return ServerUnfit("gives no token ids; start it with `astro-hpc serve CONFIG` or --enable-scale-out")
     if status in (403, 404, 405):
         return ServerUnfit(f"does not offer {path}; give the address of a vLLM server")
     if 400 <= status < 500 and status not in _RETRIED_STATUS:

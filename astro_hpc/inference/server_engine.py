@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.balancer import RetryPolicy
 from astro_hpc.inference.engine import EngineStats, Sample, SampleRequest
+from astro_hpc.inference.local_server import model_names
 from astro_hpc.inference.replicas import Replica, ReplicaSet, Weights
 from astro_hpc.inference.sampling import check_request, make_sample, special_tokens
 from astro_hpc.inference.server_client import RequestRefused, ServerError, ServerFault
@@ -72,10 +73,9 @@ class VLLMServerEngine:
         if log_dir is not None:
             for left_over in log_dir.glob("weights-*"):  # of an attempt that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
-        self._tag = secrets.token_hex(4)
-        weights = Weights(0, f"0-{self._tag}", model_dir.resolve(), initial=True)
+        self._names = model_names(model_dir)
         probe = SampleRequest((self.tokenizer.encode("1", add_special_tokens=False)[0],), 1, temperature=0.0)
-        self._replicas = ReplicaSet(model_dir.resolve(), cfg, seed, log_dir, weights, probe, self._count)
+        self._replicas = ReplicaSet(model_dir.resolve(), cfg, seed, log_dir, self._names, probe, self._count)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True)
         self._thread.start()
@@ -131,15 +131,18 @@ class VLLMServerEngine:
         if isinstance(source, Path):
             check_same_tensors(self._shapes, folder_shapes(source), str(source))
             folder, written = source.resolve(), None
+            name = model_names(folder)[1]
         else:
             if self._log_dir is not None:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
             folder = written = Path(tempfile.mkdtemp(prefix="weights-", dir=self._log_dir)).resolve()
+            name = f"{version}-{secrets.token_hex(8)}"
         try:
             if not isinstance(source, Path):
                 write_folder(folder, source)
                 check_same_tensors(self._shapes, folder_shapes(folder), "the new weights")
-            self._on_loop(self._replicas.push(Weights(version, f"{version}-{self._tag}", folder))).result()
+            weights = Weights(version, name, folder, initial=name in self._names)
+            self._on_loop(self._replicas.push(weights)).result()
         except BaseException:
             if written is not None and self._replicas.wanted.folder != written:
                 shutil.rmtree(written, ignore_errors=True)
@@ -230,7 +233,7 @@ class VLLMServerEngine:
                 with contextlib.suppress(asyncio.CancelledError, ServerError):
                     await answer
         if not wanted.are(completion.weights):
-            self._replicas.lose(replica, f"has weights {completion.weights}, not {wanted.name}")
+            self._replicas.suspect(replica, f"has weights {completion.weights}, not {wanted.name}")
             raise ServerFault(replica.trouble)
         replica.faults = 0
         self.stats.requests += 1
