@@ -1,13 +1,17 @@
-"""Which replica takes a request, and when a failed one is tried again."""
+"""Which replica takes a request, when a failed one is tried again, and what servers on one machine share."""
 
 from __future__ import annotations
 
 import random
+import socket
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astro_hpc.config.base import ConfigError
 from astro_hpc.inference.balancer import Balancer, PrefixMemory, RetryPolicy
+from astro_hpc.inference.local_server import choose_port, share_out
 
 NAMES = ("a", "b", "c")
 PROMPTS = st.lists(st.integers(0, 3), max_size=24).map(tuple)
@@ -85,3 +89,25 @@ def test_back_off_doubles_up_to_a_limit_and_is_reproducible(failures: int, seed:
     longest = min(20.0, 0.5 * 2.0 ** (failures - 1)) if failures < 60 else 20.0
     assert longest / 2 <= delay <= longest
     assert delay == policy.delay(failures, random.Random(seed))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 16))
+def test_servers_get_disjoint_gpus_or_the_user_hears_how_many_are_missing(num_servers, gpus_each, num_gpus):
+    devices = [f"GPU-{number}" for number in range(num_gpus)]
+    if num_servers * gpus_each > num_gpus:
+        with pytest.raises(ConfigError, match=f"needs {num_servers * gpus_each} GPUs, {num_gpus} are there"):
+            share_out(devices, num_servers, gpus_each)
+        return
+    shares = [share.split(",") for share in share_out(devices, num_servers, gpus_each)]
+    assert [len(share) for share in shares] == [gpus_each] * num_servers
+    assert len({device for share in shares for device in share}) == num_servers * gpus_each
+
+
+def test_ports_come_from_the_slurm_job_and_are_free():
+    ports = {choose_port(index, environ={"SLURM_JOB_ID": str(job)}) for job in (71, 72) for index in (0, 1)}
+    assert len(ports) == 4
+    assert choose_port(0, environ={"SLURM_JOB_ID": "71"}) in ports
+    wanted = choose_port(0, environ={"SLURM_JOB_ID": "71"})
+    with socket.create_server(("127.0.0.1", wanted)):
+        assert choose_port(0, environ={"SLURM_JOB_ID": "71"}) != wanted
+    assert choose_port(0, environ={}) > 0

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +48,7 @@ def choose_port(index: int, host: str = "127.0.0.1", environ: Mapping[str, str] 
     raise ConfigError(f"no port is free on {host}")
 
 
-def gpu_shares(num_servers: int, gpus_each: int, environ: Mapping[str, str] = os.environ) -> list[str | None]:
+def gpu_shares(num_servers: int, gpus_each: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each server; None on a machine without GPUs.
 
     Raises:
@@ -58,8 +58,17 @@ def gpu_shares(num_servers: int, gpus_each: int, environ: Mapping[str, str] = os
 
     if not torch.cuda.is_available():
         return [None] * num_servers
-    named = environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    return list(share_out(devices, num_servers, gpus_each))
+
+
+def share_out(devices: Sequence[str], num_servers: int, gpus_each: int) -> list[str]:
+    """Disjoint shares of `gpus_each` devices, as CUDA_VISIBLE_DEVICES wants them.
+
+    Raises:
+        ConfigError: there are too few.
+    """
     if num_servers * gpus_each > len(devices):
         raise ConfigError(
             f"inference.num_servers={num_servers} with tensor_parallel_size={gpus_each} needs "

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -286,6 +287,7 @@ class ReplicaSet:
         if not replica.lost.done():
             replica.lost.set_result(None)
             self._count("replicas_lost")
+            _say(f"{replica.url} is out of reach ({trouble}); its requests go elsewhere")
 
     async def _admit(self, replica: Replica) -> None:
         """Let a replica take requests once it has passed all checks and has the wanted weights."""
@@ -298,6 +300,7 @@ class ReplicaSet:
         replica.trouble, replica.faults = "", 0
         self._balancer.forget(replica.url)
         if replica.lost.done():
+            _say(f"{replica.url} is back")
             replica.lost = asyncio.get_running_loop().create_future()
         replica.well, self._none_well_since = True, None
         self._dispatch()
@@ -389,6 +392,11 @@ class ReplicaSet:
 
     def _well(self) -> list[Replica]:
         return [replica for replica in self._replicas if replica.well]
+
+
+def _say(text: str) -> None:
+    """One line for the user: what was lost and found again explains a slow stage."""
+    print(f"servers: {text}", file=sys.stderr, flush=True)
 
 
 def request_cost(request: SampleRequest) -> int:
