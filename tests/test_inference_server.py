@@ -24,6 +24,7 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig, RunConfig
 from astro_hpc.inference import make_engine
 from astro_hpc.inference.engine import Engine, Sample, SampleRequest
+from astro_hpc.inference.local_server import choose_port
 from astro_hpc.inference.server_engine import VLLMServerEngine
 from astro_hpc.run.stage import StageContext
 from astro_hpc.search import stage as search_stage
@@ -43,34 +44,47 @@ STYLE = {
 
 @pytest.fixture(scope="module")
 def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """Two servers started by one engine, the in-process engine with the same weights, and a second model."""
+    """One engine over two servers, of which an engine of its own started one and `astro-hpc serve` the other.
+
+    `local` is the in-process engine with the same weights, `second` another model of the same shapes.
+    """
     root = tmp_path_factory.mktemp("servers")
     first = save_tiny_llama(root / "first", smollm2, seed=0)
     second = save_tiny_llama(root / "second", smollm2, seed=1)
     os.environ[KEY] = "a-key-for-the-test"
-    cfg = CFG.model_copy(update={"engine": "vllm-server", "num_servers": 2, "server_api_key_env": KEY})
-    engine = make_engine(first, cfg, seed=0, log_dir=root / "logs")
-    assert isinstance(engine, VLLMServerEngine)
-    local = make_engine(first, CFG, seed=0)
-    prompt = tuple(local.tokenizer.encode(TEXT, add_special_tokens=False))
-    try:
-        yield SimpleNamespace(engine=engine, local=local, first=first, second=second, root=root, prompt=prompt)
-    finally:
-        pids = [pid for replica in replicas(engine) for pid in group(replica.local.pid)]
-        engine.close()
-        engine.close()
-        local.close()
-        del os.environ[KEY]
-        assert pids
+    settings = {"name": "x", "runs_dir": str(root / "runs"), "problems": {"train": []}}
+    settings |= {"model": {"path": str(first)}, "inference": {**CFG.model_dump(mode="json"), "server_api_key_env": KEY}}
+    (root / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "astro_hpc", "serve", str(root / "run.yaml"), "--allow-weight-updates"]
+    command += ["--port", str(choose_port(0))]
+    cfg = CFG.model_copy(update={"engine": "vllm-server", "server_api_key_env": KEY})
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(root / "serve.log", "wb"))
+        served = stack.enter_context(subprocess.Popen(command, stderr=log))
+        stack.callback(served.kill)
+        owner = make_engine(first, cfg.model_copy(update={"num_servers": 1}), seed=0, log_dir=root / "logs")
+        assert isinstance(owner, VLLMServerEngine)
+        stack.callback(owner.close)
+        local = make_engine(first, CFG, seed=0)
+        stack.callback(local.close)
+        ready = f"serve: ready at http://127.0.0.1:{command[-1]}\n"
+        wait_for(lambda: ready in (root / "serve.log").read_text() or served.poll() is not None, 240)
+        urls = [replicas(owner)[0].url, ready.split()[-1]]
+        engine = make_engine(first, cfg.model_copy(update={"servers": urls}), seed=0, log_dir=root / "logs")
+        assert isinstance(engine, VLLMServerEngine)
+        stack.callback(engine.close)
+        prompt = tuple(local.tokenizer.encode(TEXT, add_special_tokens=False))
+        yield SimpleNamespace(**{name: value for name, value in locals().items() if name not in ("stack", "settings")})
+        pids = group(replicas(owner)[0].local.pid)
+        assert len(pids) > 1
+        owner.close()
+        owner.close()
         assert alive(pids) == []
+    del os.environ[KEY]
 
 
 def replicas(engine: VLLMServerEngine) -> list:
     return engine._replicas._replicas
-
-
-def urls(engine: VLLMServerEngine) -> list[str]:
-    return [replica.url for replica in replicas(engine)]
 
 
 def test_samples_are_those_of_the_engine_in_the_process(world):
@@ -92,7 +106,7 @@ def test_samples_are_those_of_the_engine_in_the_process(world):
 def test_a_special_token_named_as_a_stop_ends_the_sequence_as_in_the_process(world):
     tokenizer = world.local.tokenizer
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for first in range(0, 1000, 16):  # of 30 random tokens each, 17 of 49152 are special: a few hundred hold one
+    for first in range(0, 1000, 16):
         many = [SampleRequest(world.prompt[-4:], 60, seed=seed) for seed in range(first, first + 16)]
         samples = world.engine.generate_many(many)
         found = {
@@ -161,7 +175,7 @@ def test_new_weights_reach_all_servers_or_none(world, smollm2):
 
 
 def test_two_engines_share_servers_and_each_checks_what_it_needs(world, smollm2, monkeypatch):
-    cfg = CFG.model_copy(update={"engine": "vllm-server", "servers": urls(world.engine), "server_api_key_env": KEY})
+    cfg = CFG.model_copy(update={"engine": "vllm-server", "servers": world.urls, "server_api_key_env": KEY})
     other = make_engine(world.first, cfg)
     try:
         requests = [SampleRequest(world.prompt, 10, seed=seed) for seed in range(6)]
@@ -179,69 +193,42 @@ def test_two_engines_share_servers_and_each_checks_what_it_needs(world, smollm2,
         make_engine(world.first, cfg)
 
 
-def test_a_server_killed_in_mid_search_costs_no_tree_and_is_started_anew(world, tmp_path, monkeypatch):
-    servers = {"servers": urls(world.engine), "server_api_key_env": KEY}
-    first = world.engine._replicas._replicas[0].local.pid
+def test_a_server_killed_in_mid_search_costs_no_tree_and_is_started_anew(world, tmp_path, monkeypatch, capfd):
+    first = replicas(world.owner)[0].local.pid
     members = group(first)
     assert len(members) > 1  # the HTTP server, and the engine's process
 
     def kill_once(number_of_trees: int) -> None:
-        if number_of_trees == 3:
+        if number_of_trees == 2:
             os.kill(first, signal.SIGKILL)
 
-    with_servers = search(
-        tmp_path / "servers", world.first, {"engine": "vllm-server", **servers}, monkeypatch, kill_once
-    )
+    servers = {"engine": "vllm-server", "servers": world.urls, "server_api_key_env": KEY}
+    with_servers = search(tmp_path / "servers", world.first, servers, monkeypatch, kill_once)
     assert alive(members) == []
+    assert f"{world.urls[0]} is out of reach" in capfd.readouterr().err
     monkeypatch.setattr(search_stage, "make_engine", lambda *_: Unclosable(world.local))
     in_process = search(tmp_path / "local", world.first, {"engine": "vllm"}, monkeypatch, lambda _: None)
-    assert len(with_servers) == 24
+    assert len(with_servers) == 12
     assert with_servers == in_process
 
     wait_for(lambda: len(world.engine._replicas._well()) == 2, 240)
-    assert world.engine.stats.extra["servers_restarted"] == 1
-    restarted = world.engine._replicas._replicas[0].local.pid
-    assert restarted != first
+    assert world.owner.stats.extra["servers_restarted"] == 1
+    assert replicas(world.owner)[0].local.pid != first
     requests = [SampleRequest(tuple(range(seed, seed + 40)), 8, seed=seed) for seed in range(20)]
     assert_same(world.engine.generate_many(requests), world.local.generate_many(requests))
 
 
-def test_serve_says_when_it_is_ready_and_ends_without_leaving_anything(world, tmp_path):
-    config = tmp_path / "run.yaml"
-    settings = {"name": "x", "runs_dir": str(tmp_path / "runs"), "problems": {"train": []}}
-    settings |= {"model": {"path": str(world.first)}, "inference": CFG.model_dump(mode="json")}
-    config.write_text(yaml.safe_dump(settings))
-    from astro_hpc.inference.local_server import choose_port
-
-    port = choose_port(0)
-    command = [sys.executable, "-m", "astro_hpc", "serve", str(config), "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = ""
-            while "ready" not in line:
-                line = process.stderr.readline()
-                assert line, "it ended before it was ready"
-            assert line == f"serve: ready at http://127.0.0.1:{port}\n"
-            children = [pid for child in children_of(process.pid) for pid in group(child)]
-            assert len(children) > 1
-            cfg = CFG.model_copy(update={"engine": "vllm-server", "servers": [f"http://127.0.0.1:{port}"]})
-            engine = make_engine(world.first, cfg)
-            requests = [SampleRequest(world.prompt, 10, seed=seed) for seed in range(4)]
-            assert_same(engine.generate_many(requests), world.local.generate_many(requests), weight_version=0)
-            with pytest.raises(ConfigError, match=r"takes no new weights; .* --allow-weight-updates"):
-                engine.load_weights(world.first, version=1)
-            engine.close()
-            again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            assert again.returncode == 2
-            assert (
-                again.stderr == f"astro-hpc: --host 127.0.0.1 --port {port}: Address already in use; choose another\n"
-            )
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-            assert alive(children) == []
-        finally:
-            process.kill()
+def test_serve_ends_on_sigterm_without_leaving_anything(world):
+    """Last of those that need both servers."""
+    again = subprocess.run(world.command, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2
+    assert again.stderr.endswith(f" --port {world.command[-1]}: Address already in use; choose another\n")
+    processes = [pid for child in children_of(world.served.pid) for pid in group(child)]
+    assert len(processes) > 1
+    world.served.send_signal(signal.SIGTERM)
+    assert world.served.wait(60) == 0
+    assert alive(processes) == []
+    assert os.environ[KEY] not in (world.root / "serve.log").read_text()
 
 
 def test_servers_end_with_the_process_that_started_them_kill_9_included(world, tmp_path):
@@ -286,15 +273,15 @@ def search(
             "name": "test",
             "runs_dir": folder,
             "model": {"prompt_style": str(folder / "style.yaml")},
-            "problems": {"train": [{"type": "signs", "count": 24}]},
+            "problems": {"train": [{"type": "signs", "count": 12}]},
             "inference": CFG.model_dump(mode="json") | inference,
             "search": {
-                "num_iterations": 6,
+                "num_iterations": 4,
                 "num_expansions": 3,
-                "num_rollouts": 2,
+                "num_rollouts": 1,
                 "max_step_tokens": 16,
-                "max_rollout_tokens": 60,
-                "trees_in_flight": 8,
+                "max_rollout_tokens": 40,
+                "trees_in_flight": 4,
             },
         }
     )
@@ -328,7 +315,7 @@ def assert_same(samples: list[Sample], wanted: list[Sample], **change: int) -> N
 
 def running_requests(engine: VLLMServerEngine) -> int:
     total = 0
-    for url in urls(engine):
+    for url in engine._cfg.servers:
         request = urllib.request.Request(url + "/metrics", headers={"Authorization": f"Bearer {os.environ[KEY]}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             text = answer.read().decode()

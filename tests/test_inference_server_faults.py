@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -13,19 +14,22 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference import make_engine
 from astro_hpc.inference import replicas as replicas_module
+from astro_hpc.inference import server_engine as server_engine_module
 from astro_hpc.inference.balancer import RetryPolicy
 from astro_hpc.inference.engine import Sample, SampleRequest
 from astro_hpc.inference.local_server import model_names
 from astro_hpc.inference.server_engine import VLLMServerEngine
+from astro_hpc.inference.tokenizer import load_tokenizer
 
 PROMPT = tuple(range(10, 30))
+_load_once = functools.cache(load_tokenizer)
 FAULTS = ("500", "503", "drop", "truncated", "not-json", "too-few-logprobs", "too-many-tokens", "wrong-prompt")
 FAULTS += ("wrong-token", "nan", "huge", "abort", "no-choice", "redirect")
 
@@ -179,6 +183,7 @@ def servers(names: list[str]) -> Iterator[list[BadServer]]:
 def open_engine(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMServerEngine]]:
     """Makes engines over the given servers, with short waits, and closes them."""
     monkeypatch.setattr(replicas_module, "_HEALTH_SECONDS", 0.05)
+    monkeypatch.setattr(server_engine_module, "load_tokenizer", _load_once)
     engines: list[VLLMServerEngine] = []
 
     def make(servers: list[BadServer], **settings: Any) -> VLLMServerEngine:
@@ -219,16 +224,19 @@ def test_a_wrong_answer_is_asked_for_again(fault: str, servers, open_engine):
     assert engine.stats.generated_tokens == 12
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(first=st.lists(st.sampled_from(FAULTS), max_size=12), second=st.lists(st.sampled_from(FAULTS), max_size=12))
-def test_no_request_is_lost_whatever_goes_wrong_in_whatever_order(first, second, servers, open_engine):
-    servers[0].faults.extend(first)
-    servers[1].faults.extend(second)
+def test_no_request_is_lost_whatever_goes_wrong_in_whatever_order(servers, open_engine):
     engine = open_engine(servers)
-    check(engine.generate_many(requests(24)), requests(24))
-    engine.close()
-    for server in servers:
-        server.faults.clear()
+
+    @settings(max_examples=25, deadline=None)
+    @given(*[st.lists(st.sampled_from(FAULTS), max_size=12)] * 2)
+    def all_are_answered(first: list[str], second: list[str]) -> None:
+        servers[0].faults.extend(first)
+        servers[1].faults.extend(second)
+        check(engine.generate_many(requests(24)), requests(24))
+        for server in servers:
+            server.faults.clear()
+
+    all_are_answered()
 
 
 def test_a_request_that_always_fails_is_given_up_and_the_engine_goes_on(servers, open_engine):
@@ -345,12 +353,40 @@ def test_an_error_in_the_callback_cancels_the_rest(servers, open_engine):
     check(engine.generate_many(requests(10)), requests(10))
 
 
+def test_closing_ends_what_is_in_flight(servers, open_engine):
+    engine = open_engine(servers[:1])
+    servers[0].faults.append("hang")
+    ended: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            engine.generate_many(requests(1))
+        except BaseException as error:
+            ended.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: servers[0].running == 1)
+    engine.close()
+    asking.join(20)
+    assert len(ended) == 1
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.generate_many(requests(1))
+
+
 def test_samples_of_other_weights_do_not_count(servers, open_engine):
     engine = open_engine(servers)
     servers[0].weights = "7-of-another-run"
     check(engine.generate_many(requests(10)), requests(10))
     assert len(engine._replicas._well()) == 1
     wait_for(lambda: "takes no new weights" in engine._replicas._replicas[0].trouble)
+
+
+def test_a_server_that_takes_no_weights_keeps_its_own(servers, open_engine, tiny_llama):
+    engine = open_engine(servers)
+    with pytest.raises(ConfigError, match=r"takes no new weights; start it with .* --allow-weight-updates`"):
+        engine.load_weights(tiny_llama, version=1)
+    check(engine.generate_many(requests(4)), requests(4))
 
 
 @pytest.mark.parametrize(

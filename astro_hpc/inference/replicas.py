@@ -161,10 +161,11 @@ class ReplicaSet:
             self._keepers[-1].add_done_callback(self._keeper_ended)
 
     async def close(self) -> None:
-        """Let go of the connections; `stop_servers` comes after it."""
-        for task in self._keepers:
-            task.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        """End all that goes on on this loop, requests too, and let go of the connections."""
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=1.0)
         if self._session is not None:
             await self._session.close()
 
@@ -312,7 +313,8 @@ class ReplicaSet:
         while True:
             pause = _HEALTH_SECONDS if replica.well else self._retry.delay(max(failures, 1), draw)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(replica.wake.wait(), pause)
+                async with asyncio.timeout(pause):  # not wait_for: Python 3.11's can swallow a cancellation
+                    await replica.wake.wait()
             replica.wake.clear()
             try:
                 if replica.well:

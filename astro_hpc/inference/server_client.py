@@ -167,7 +167,8 @@ class ServerClient:
                 f"start it with --max-model-len {max_model_len}, or lower inference.max_model_len"
             )
         try:
-            completion = await asyncio.wait_for(self.generate(probe, {}), _CHECK_SECONDS)
+            async with asyncio.timeout(_CHECK_SECONDS):
+                completion = await self.generate(probe, {})
         except TimeoutError:
             raise ServerFault(f"no token within {_CHECK_SECONDS:.0f} s") from None
         except RequestRefused as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import queue
 import random
 import secrets
@@ -67,7 +66,6 @@ class VLLMServerEngine:
         self._retry = RetryPolicy()
         self._in_flight, self._busy_since = 0, 0.0
         self._closed = False
-        self._tasks: set[Future[Any]] = set()
         self._written: Path | None = None
         """A folder of ours with the weights that the servers have now."""
         if log_dir is not None:
@@ -156,8 +154,6 @@ class VLLMServerEngine:
         if self._closed:
             return
         self._closed = True
-        for future in list(self._tasks):
-            future.cancel()
         asyncio.run_coroutine_threadsafe(self._replicas.close(), self._loop).result()
         self._replicas.stop_servers()  # before the thread ends that they are tied to
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -177,10 +173,7 @@ class VLLMServerEngine:
             raise RuntimeError(f"the engine has failed: {self._replicas.failure}")
 
     def _on_loop(self, work: Coroutine[Any, Any, _Result]) -> Future[_Result]:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._tasks.add(future)
-        future.add_done_callback(self._tasks.discard)
-        return future
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     # --- on the loop ------------------------------------------------------------------------------------------
 
@@ -229,9 +222,9 @@ class VLLMServerEngine:
             completion = answer.result()
         finally:
             if not answer.done():
+                answer.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else asks
                 answer.cancel()
-                with contextlib.suppress(asyncio.CancelledError, ServerError):
-                    await answer
+                await asyncio.wait([answer])  # its connection is closed then
         if not wanted.are(completion.weights):
             self._replicas.suspect(replica, f"has weights {completion.weights}, not {wanted.name}")
             raise ServerFault(replica.trouble)
