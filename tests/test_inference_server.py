@@ -79,7 +79,7 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         assert len(pids) > 1
         owner.close()
         owner.close()
-        assert alive(pids) == []
+        wait_for(lambda: alive(pids) == [], 10)
     del os.environ[KEY]
 
 
@@ -204,7 +204,7 @@ def test_a_server_killed_in_mid_search_costs_no_tree_and_is_started_anew(world, 
 
     servers = {"engine": "vllm-server", "servers": world.urls, "server_api_key_env": KEY}
     with_servers = search(tmp_path / "servers", world.first, servers, monkeypatch, kill_once)
-    assert alive(members) == []
+    wait_for(lambda: alive(members) == [], 10)
     assert f"{world.urls[0]} is out of reach" in capfd.readouterr().err
     monkeypatch.setattr(search_stage, "make_engine", lambda *_: Unclosable(world.local))
     in_process = search(tmp_path / "local", world.first, {"engine": "vllm"}, monkeypatch, lambda _: None)
@@ -227,7 +227,7 @@ def test_serve_ends_on_sigterm_without_leaving_anything(world):
     assert len(processes) > 1
     world.served.send_signal(signal.SIGTERM)
     assert world.served.wait(60) == 0
-    assert alive(processes) == []
+    wait_for(lambda: alive(processes) == [], 10)
     assert os.environ[KEY] not in (world.root / "serve.log").read_text()
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +21,7 @@ from astro_hpc.inference.server_client import FINGERPRINT_PREFIX
 from astro_hpc.run.files import fingerprint
 
 _FIRST_PORT, _NUM_PORTS, _PORTS_A_JOB = 20_000, 12_000, 16
-_TERM_SECONDS = 20.0
+_TERM_SECONDS, _KILL_SECONDS = 20.0, 5.0
 _LOG_TAIL_BYTES = 16_384
 
 
@@ -166,13 +168,15 @@ class LocalServer:
         return self._process.poll() if self._process else None
 
     def last_words(self) -> str:
-        """The last line of the log that says something, for an error message."""
+        """What the log says last about an error, for a message of one line; else its last line."""
         if self.log is None or not self.log.exists():
             return ""
         with open(self.log, "rb") as handle:
             handle.seek(max(0, self.log.stat().st_size - _LOG_TAIL_BYTES))
-            lines = handle.read().decode(errors="replace").splitlines()
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+            lines = [line.strip() for line in handle.read().decode(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if re.search(r"(Error|Exception|astro-hpc serve): ", line)]
+        causes = [line for line in errors if "root cause above" not in line]
+        return (causes or errors or lines or [""])[-1][-300:]
 
     def terminate(self) -> None:
         """Ask it to end; `stop` then waits less long."""
@@ -188,6 +192,10 @@ class LocalServer:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_TERM_SECONDS)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _KILL_SECONDS
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # until nothing of its group is left
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.poll()  # reaped it leaves the group; the others are for the system to reap
+                time.sleep(0.02)
         process.wait()
