@@ -110,7 +110,7 @@ class ModelConfig(Section):
 
 
 class InferenceConfig(Section):
-    """The vLLM engine that samples. GPU fields are passed on; on CPU the last three of `vllm`'s matter."""
+    """The vLLM engine that samples. GPU fields are passed on; on CPU `block_size` and `cpu_*` matter."""
 
     engine: Literal["vllm", "vllm-server", "scripted"] = "vllm"
     """`vllm`: inside the stage's process; `vllm-server`: replicas behind HTTP, named in `servers` or started by
@@ -135,7 +135,7 @@ class InferenceConfig(Section):
     server_api_key_env: str | None = None
     """Name of the environment variable that holds the servers' API key; the key itself is never written."""
     server_start_seconds: Annotated[float, Field(gt=0)] = 1200.0
-    """How long a server that the stage starts may take until it answers."""
+    """How long a server may take to load a model: at its start, where the stage starts it, and for new weights."""
     server_lost_seconds: Annotated[float, Field(gt=0)] = 600.0
     """How long all servers together may be out of reach before the stage fails; one alone may be for ever."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0

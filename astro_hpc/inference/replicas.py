@@ -295,7 +295,7 @@ class ReplicaSet:
         wanted = self.wanted
         await replica.client.check_health()
         if not wanted.are(await replica.client.check_fit(self._names, self._cfg.max_model_len, self._probe)):
-            await replica.client.push_weights(str(wanted.folder), wanted.name)
+            await replica.client.push_weights(str(wanted.folder), wanted.name, self._cfg.server_start_seconds)
         if wanted is not self.wanted:
             raise ServerFault("there are newer weights already")
         replica.trouble, replica.faults = "", 0
@@ -381,7 +381,7 @@ class ReplicaSet:
 
         async def push(replica: Replica) -> str:
             try:
-                await replica.client.push_weights(str(weights.folder), weights.name)
+                await replica.client.push_weights(str(weights.folder), weights.name, self._cfg.server_start_seconds)
             except ServerError as error:
                 self.suspect(replica, str(error))
                 return f"{replica.url}: {error}"

@@ -153,8 +153,10 @@ class ServerClient:
         try:
             served = {str(name) for card in answer["data"] for name in (card["id"], card.get("root"))}
             lengths = [int(card["max_model_len"]) for card in answer["data"]]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ServerUnfit("is no vLLM server; give the address of one") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            served, lengths = set(), []
+        if not served:
+            raise ServerUnfit("is no vLLM server; give the address of one")
         by_files = {name for name in served if name.startswith(FINGERPRINT_PREFIX)}
         if not (by_files or served) & set(names):  # a path alone proves less: its files may have changed since
             raise ServerUnfit(
@@ -189,11 +191,14 @@ class ServerClient:
                 "takes no new weights; start it with `astro-hpc serve CONFIG --allow-weight-updates`"
             ) from None
 
-    async def push_weights(self, folder: str, version: str) -> None:
+    async def push_weights(self, folder: str, version: str, seconds: float) -> None:
         """Replace the server's weights by a folder's, which it must be able to read, and clear its prefix cache.
 
         While that goes on, and after it has failed, the weights bear a name that nobody asks for: no sample of a
         half-loaded model can be taken for one of the old weights or the new.
+
+        Args:
+            seconds: how long loading may take.
 
         Raises:
             ServerFault: it failed.
@@ -202,7 +207,7 @@ class ServerClient:
         await self.check_updatable()
         await self._name_weights(f"loading-{version}")
         arguments = {"method": "load_weights_folder", "kwargs": {"weights_path": folder}}
-        await self._call("POST", "/collective_rpc", arguments, seconds=None)
+        await self._call("POST", "/collective_rpc", arguments, seconds=seconds)
         answer = await self._call("POST", "/reset_prefix_cache", {}, seconds=_CHECK_SECONDS)
         if answer != {"success": True}:
             raise ServerFault("its prefix cache could not be cleared; something else uses this server")
