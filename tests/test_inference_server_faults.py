@@ -52,6 +52,9 @@ class BadServer:
         self.most_running = 0
         self.delay = 0.0
         self.scale_out = True
+        self.updatable = False
+        self.loads: list[str] = []
+        self.failing_loads = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -78,6 +81,11 @@ class BadServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/inference/v1/generate", self._generate)
+        if self.updatable:
+            app.router.add_get("/weight_info", self._weight_info)
+            app.router.add_post("/update_weight_version", self._update_weight_version)
+            app.router.add_post("/collective_rpc", self._collective_rpc)
+            app.router.add_post("/reset_prefix_cache", self._reset_prefix_cache)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
@@ -101,6 +109,26 @@ class BadServer:
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": n, "root": self.names[0], "max_model_len": self.max_model_len} for n in self.names]
         return self._unauthorized(request) or web.json_response({"data": cards})
+
+    async def _weight_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.weights})
+
+    async def _update_weight_version(self, request: web.Request) -> web.Response:
+        self.weights = (await request.json())["new_version"]
+        return web.json_response({"success": True})
+
+    async def _collective_rpc(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["method"] == "load_weights_folder"
+        assert self.weights.startswith("loading-")
+        self.loads.append(body["kwargs"]["weights_path"])
+        if self.failing_loads:
+            self.failing_loads -= 1
+            return web.json_response({"error": {"message": "half loaded"}}, status=500)
+        return web.json_response({"results": [None]})
+
+    async def _reset_prefix_cache(self, request: web.Request) -> web.Response:
+        return web.json_response({"success": True})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         if (answer := self._unauthorized(request)) is not None:
@@ -380,6 +408,56 @@ def test_samples_of_other_weights_do_not_count(servers, open_engine):
     check(engine.generate_many(requests(10)), requests(10))
     assert len(engine._replicas._well()) == 1
     wait_for(lambda: "takes no new weights" in engine._replicas._replicas[0].trouble)
+
+
+@pytest.fixture
+def updatable(servers: list[BadServer]) -> list[BadServer]:
+    for server in servers:
+        server.kill()
+        server.updatable = True
+        server.start()
+    return servers
+
+
+def test_a_half_loaded_server_is_left_out_until_it_has_the_weights(updatable, open_engine, tiny_llama):
+    engine = open_engine(updatable)
+    updatable[0].failing_loads = 3
+    engine.load_weights(tiny_llama, version=4)
+    samples = engine.generate_many(requests(8))
+    check(samples, requests(8))
+    assert {sample.weight_version for sample in samples} == {4}
+    wait_for(lambda: len(engine._replicas._well()) == 2)
+    assert updatable[0].loads == [str(tiny_llama.resolve())] * 4
+    assert updatable[0].weights == updatable[1].weights
+
+
+def test_a_server_that_was_started_anew_gets_the_weights_that_the_others_have(updatable, open_engine, tiny_llama):
+    from safetensors.torch import load_file
+
+    engine = open_engine(updatable)
+    engine.load_weights(load_file(tiny_llama / "model.safetensors").items(), version=2)
+    [folder] = set(updatable[0].loads + updatable[1].loads)
+    assert list(Path(folder).glob("*.safetensors"))
+    updatable[0].kill()
+    updatable[0].weights = "default"
+    updatable[0].start()  # so quickly that no look at it may have missed it: its samples tell
+    apart = [SampleRequest(tuple(range(seed, seed + 40)), 4, seed=seed) for seed in range(12)]
+    samples = engine.generate_many(apart)
+    check(samples, apart)
+    assert {sample.weight_version for sample in samples} == {2}
+    wait_for(lambda: updatable[0].loads == [folder, folder])
+    wait_for(lambda: len(engine._replicas._well()) == 2)
+    engine.load_weights(tiny_llama, version=3)
+    assert not Path(folder).exists()
+
+
+def test_when_no_server_can_load_the_weights_the_caller_hears_why(updatable, open_engine, tiny_llama):
+    engine = open_engine(updatable)
+    for server in updatable:
+        server.failing_loads = 1
+    with pytest.raises(RuntimeError, match=r"no server could load .*: HTTP 500 half loaded"):
+        engine.load_weights(tiny_llama, version=5)
+    assert {sample.weight_version for sample in engine.generate_many(requests(4))} == {5}  # they have tried again
 
 
 def test_a_server_that_takes_no_weights_keeps_its_own(servers, open_engine, tiny_llama):
