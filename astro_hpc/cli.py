@@ -196,6 +196,29 @@ def evaluate(config: Config, overrides: Overrides = None, redo: Redo = False) ->
     pipeline.run_one(cfg, pipeline.evaluate(cfg), redo)
 
 
+@app.command()
+def serve(
+    config: Config,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder to serve instead of the run's policy.")
+    ] = None,
+    allow_weight_updates: Annotated[
+        bool, typer.Option("--allow-weight-updates", help="Let stages replace the weights, as eval and rl do.")
+    ] = False,
+) -> None:
+    """One vLLM server for the run's policy, until Ctrl-C; stages use it with inference.engine=vllm-server."""
+    from astro_hpc import pipeline
+    from astro_hpc.inference.serve import serve as serve_model
+
+    cfg = load_config(config, overrides or [])
+    folder = model if model is not None else pipeline.policy_model(cfg)
+    code = serve_model(folder, cfg.inference, cfg.seed, host, port, allow_weight_updates)
+    raise typer.Exit(code)
+
+
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for instance runs/demo.")]
 
 

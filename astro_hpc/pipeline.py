@@ -21,7 +21,11 @@ from astro_hpc.run.stage import Stage, StageContext, read_manifest, require_done
 from astro_hpc.search.shards import TREES, GatherReport, earlier_trees, find_shards, gather, shard_name
 
 # How a stage is carried out, not what it makes: free to change between attempts.
-_INFERENCE_ONLY_HOW = {"max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"}
+_INFERENCE_ONLY_HOW = {
+    *("max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"),
+    *("servers", "num_servers", "server_api_key_env", "server_start_seconds", "server_lost_seconds"),
+    "request_timeout_seconds",
+}
 _VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
 _CHECKPOINT = {"checkpoint"}
 

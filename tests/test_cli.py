@@ -20,6 +20,7 @@ COMMANDS = [
     "select",
     "rl",
     "eval",
+    "serve",
     "report",
     "status",
     "trace",
@@ -62,10 +63,12 @@ def test_help_of_a_command(command):
         (("status", "nowhere"), "nowhere: not a run folder"),
         (("report", "nowhere"), "nowhere: not a run folder"),
         (("verify", "none.jsonl"), "none.jsonl"),
+        (("serve", "configs/demo.yaml"), "demo/warmup/hf: no config.json; expected a Hugging Face model folder"),
+        (("serve", "configs/demo.yaml", "inference.num_servers=2"), "set engine to vllm-server"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):
-    extra = [f"runs_dir={tmp_path}"] if arguments[0] in ("run", "search", "sft", "warmup") else []
+    extra = [f"runs_dir={tmp_path}"] if arguments[0] in ("run", "search", "sft", "warmup", "serve") else []
     result = _run(*arguments, *extra)
     assert result.returncode == 2, result.stderr
     [line] = result.stderr.strip().splitlines()

@@ -37,7 +37,7 @@ from astro_hpc.problems.style import PromptStyle
 from astro_hpc.run.files import Journal, Lock
 from astro_hpc.run.progress import Progress
 from astro_hpc.run.stage import CheckpointedExit, StageContext
-from astro_hpc.search.stage import shard_of
+from astro_hpc.search.shards import shard_of
 from astro_hpc.search.tree import Node, Tree
 
 _Item = tuple[Key, Tree]
@@ -284,7 +284,8 @@ class _Models:
         if self._loaded is not None and self._loaded[0] != folder:
             self._close()
         if self._loaded is None:
-            self._loaded = (folder, make_engine(folder, self.ctx.cfg.inference, self.ctx.seed("clone", "engine")))
+            engine = make_engine(folder, self.ctx.cfg.inference, self.ctx.seed("clone", "engine"), self.ctx.log_dir)
+            self._loaded = (folder, engine)
         return self._loaded[1]
 
     def _close(self) -> None:

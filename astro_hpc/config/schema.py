@@ -6,10 +6,11 @@ Importable without torch. Every default is the paper's figure where the paper gi
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from astro_hpc.config.base import Section
 
@@ -165,9 +166,11 @@ class ModelConfig(Section):
 
 
 class InferenceConfig(Section):
-    """The vLLM engine that samples. GPU fields are passed on; on CPU the last three matter."""
+    """The vLLM engine that samples. GPU fields are passed on; on CPU `block_size` and `cpu_*` matter."""
 
-    engine: Literal["vllm", "scripted"] = "vllm"
+    engine: Literal["vllm", "vllm-server", "scripted"] = "vllm"
+    """`vllm`: inside the stage's process; `vllm-server`: replicas behind HTTP, named in `servers` or started by
+    the stage (`num_servers`); `scripted`: for tests."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """`auto`: the model's own, but float32 on a CPU without bfloat16 instructions, where it is three times faster."""
     max_model_len: PositiveInt = 18432
@@ -180,7 +183,39 @@ class InferenceConfig(Section):
     """KV-cache block in tokens; also the grain of the prefix cache. None: vLLM's default on GPU, 32 on CPU."""
     cpu_kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     cpu_threads: PositiveInt | None = None
-    """Threads of the engine on CPU; None: all cores."""
+    """Threads of the engine on CPU; None: all cores, shared out among `num_servers`."""
+    servers: list[str] = Field(default_factory=list)
+    """Addresses of running vLLM servers (`astro-hpc serve`), for instance [http://node1:8000, http://node2:8000]."""
+    num_servers: PositiveInt | None = None
+    """Instead of `servers`: start this many on this machine, `tensor_parallel_size` GPUs each, for the stage's time."""
+    server_api_key_env: str | None = None
+    """Name of the environment variable that holds the servers' API key; the key itself is never written."""
+    server_start_seconds: Annotated[float, Field(gt=0)] = 1200.0
+    """How long a server may take to load a model: at its start, where the stage starts it, and for new weights."""
+    server_lost_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long all servers together may be out of reach before the stage fails; one alone may be for ever."""
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    """Deadline of one attempt at a request; after it the request is tried again."""
+
+    @field_validator("servers")
+    @classmethod
+    def _addresses(cls, servers: list[str]) -> list[str]:
+        for address in servers:
+            if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?/?", address):
+                raise ValueError(f"{address!r} is no address; write it as http://host:port")
+        addresses = [address.rstrip("/") for address in servers]
+        if twice := {address for address in addresses if addresses.count(address) > 1}:
+            raise ValueError(f"{min(twice)} is given twice; name each server once")
+        return addresses
+
+    @model_validator(mode="after")
+    def _servers_fit_the_engine(self) -> InferenceConfig:
+        given = [name for name in ("servers", "num_servers") if getattr(self, name)]
+        if self.engine != "vllm-server" and given:
+            raise ValueError(f"{given[0]} is given, but engine is {self.engine}; set engine to vllm-server")
+        if self.engine == "vllm-server" and len(given) != 1:
+            raise ValueError("engine vllm-server needs either servers (a list of addresses) or num_servers")
+        return self
 
 
 class ParallelConfig(Section):

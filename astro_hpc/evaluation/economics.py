@@ -130,7 +130,7 @@ def _sample_all(
 ) -> None:
     cfg = ctx.cfg
     style = PromptStyle.load(cfg.model.prompt_style)
-    engine = make_engine(model_dir, cfg.inference, ctx.seed("economics", "engine"))
+    engine = make_engine(model_dir, cfg.inference, ctx.seed("economics", "engine"), ctx.log_dir)
     started = time.monotonic()
     try:
         with (

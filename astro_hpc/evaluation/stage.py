@@ -122,7 +122,7 @@ def _sample_all(ctx: StageContext, models: Mapping[str, Path], todo: Sequence[_I
 
     left = sum(len(item.missing) * len(item.problems) for item in todo)
     order = list(dict.fromkeys(item.model for item in todo))
-    engine = make_engine(models[order[0]], ctx.cfg.inference, ctx.seed("eval", "engine"))
+    engine = make_engine(models[order[0]], ctx.cfg.inference, ctx.seed("eval", "engine"), ctx.log_dir)
     try:
         with VerifierPool(ctx.cfg.verifier) as pool, ctx.progress(total, "responses", done=total - left) as progress:
             grader = _Grader(ctx, engine, pool, progress)

@@ -6,12 +6,10 @@ import asyncio
 import atexit
 import contextlib
 import gc
-import logging
 import os
 import queue
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,38 +21,13 @@ from typing import TYPE_CHECKING, Any
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.engine import EngineStats, Sample, SampleRequest
+from astro_hpc.inference.sampling import check_request, make_sample, sampling_fields, special_tokens
+from astro_hpc.inference.server_plugins import repack_embeddings
+from astro_hpc.inference.settings import engine_settings, prepare_environment
 from astro_hpc.inference.weights import check_same_tensors, folder_shapes
 
 if TYPE_CHECKING:
     import torch
-
-_CPU_BLOCK_SIZE = 32
-"""vLLM's CPU default is 128, and only whole blocks are cached: short steps would share nothing."""
-
-
-def prepare_environment() -> None:
-    """Set what vLLM and torch read from the environment; call before vLLM is imported. What the user has set stays.
-
-    Called before torch is imported too, it also silences torch's warning that memory is bound to a NUMA node.
-    """
-    settings = {
-        "VLLM_LOGGING_LEVEL": "ERROR",  # its chatter would drown the progress bar
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-
-    import torch
-
-    if not torch.cuda.is_available():
-        # One process: starts in 5 s, not 48, and takes weights from memory.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # vLLM speaks before it has configured its loggers.
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
-    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)
 
 
 class VLLMEngine:
@@ -170,7 +143,7 @@ class VLLMEngine:
                 raise RuntimeError("weights can't be replaced while samples are in flight")
             engine.collective_rpc("reload_weights", kwargs=arguments)
             if self._on_cpu:
-                engine.apply_model(_repack_embeddings)
+                engine.apply_model(repack_embeddings)
             if not engine.reset_prefix_cache():
                 raise RuntimeError("vLLM did not clear its prefix cache: it would serve the old weights' keys")
             self._version = version
@@ -190,13 +163,7 @@ class VLLMEngine:
             raise RuntimeError("the engine is closed")
         if self._failure is not None:
             raise RuntimeError("the engine has failed") from self._failure
-        if not request.prompt_token_ids:
-            raise ConfigError("a prompt of no tokens can't be continued; check the prompt style")
-        if len(request.prompt_token_ids) + request.max_tokens > self.max_model_len:
-            raise ConfigError(
-                f"a prompt of {len(request.prompt_token_ids)} tokens and {request.max_tokens} new ones exceed "
-                f"inference.max_model_len={self.max_model_len}; raise it or ask for fewer tokens"
-            )
+        check_request(request, self.max_model_len)
 
     def _call(self, function: Callable[[Any], Any]) -> Any:
         """Run `function(vllm_engine)` on the engine's thread between two steps."""
@@ -231,19 +198,6 @@ class VLLMEngine:
         finally:
             with contextlib.suppress(Exception):
                 engine.engine_core.shutdown()
-
-
-def _repack_embeddings(model: Any) -> None:
-    """Renew the packed copies that CPU kernels keep of embeddings and output head.
-
-    vLLM 0.32 repacks each layer that it loads, but a tied head isn't loaded: it shares the embedding's tensor, and
-    would go on multiplying by its packed copy of the old one.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def _close_if_alive(reference: weakref.ref[VLLMEngine]) -> None:
@@ -289,7 +243,7 @@ class _Pump:
         self.waiting: deque[_Job] = deque()
         self.running: dict[str, _Job] = {}
         self.count = 0
-        self.special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special = special_tokens(tokenizer)
 
     def run(self) -> None:
         """Step while there is work, until told to end."""
@@ -355,19 +309,9 @@ class _Pump:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # A special token never shows in the text: as a stop it has to be a token.
-        strings = [stop for stop in request.stop if stop not in self.special]
         return SamplingParams(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop=strings,
-            stop_token_ids=[self.special[stop] for stop in request.stop if stop in self.special],
-            logprobs=0,  # of the sampled token alone
+            **sampling_fields(request, self.special),
             flat_logprobs=True,
-            include_stop_str_in_output=True,
-            detokenize=bool(strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
@@ -384,14 +328,13 @@ class _Pump:
         stats.cached_prompt_tokens += output.num_cached_tokens or 0
         stats.generated_tokens += len(tokens)
         job.deliver(
-            Sample(
-                token_ids=tokens,
-                logprobs=tuple(completion.logprobs.logprobs),
-                # not completion.text: that ends at the stop string even where the last token goes on
-                text=self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                finish_reason=completion.finish_reason if completion.finish_reason in ("stop", "length") else "abort",
-                stopped_by_eos=completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str),
-                weight_version=self.owner._version,
+            make_sample(
+                self.tokenizer,
+                tokens,
+                completion.logprobs.logprobs,
+                completion.finish_reason,
+                completion.stop_reason,
+                self.owner._version,
             )
         )
 
@@ -424,33 +367,9 @@ def _create(model_dir: Path, cfg: InferenceConfig, seed: int) -> Any:
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise RuntimeError("an engine can't share its process with a trainer of several ranks; give it its own")
-    on_cpu = not torch.cuda.is_available()
-    settings: dict[str, Any] = {
-        "model": str(model_dir),
-        "dtype": cfg.dtype,
-        "seed": seed % 2**31,
-        "max_model_len": cfg.max_model_len,
-        "max_num_seqs": cfg.max_num_seqs,
-        "tensor_parallel_size": cfg.tensor_parallel_size,
-        "quantization": cfg.quantization,
-        "block_size": cfg.block_size or (_CPU_BLOCK_SIZE if on_cpu else None),
-        "enable_prefix_caching": True,
-        "generation_config": "vllm",  # the folder's generation_config.json would change temperature and top-p
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if on_cpu:
-        if cfg.quantization is not None:
-            raise ConfigError(f"inference.quantization={cfg.quantization} needs an NVIDIA GPU; remove it")
-        # A prompt in two parts makes vLLM 0.32 turn a seeded request's generator back, which CPU generators can't.
-        settings |= {"enable_chunked_prefill": False}
-        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": int(cfg.cpu_kv_cache_gb * 2**30)}
-        if cfg.dtype == "auto" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-            settings["dtype"] = "float32"  # bfloat16 without its instructions is several times slower
-        if cfg.cpu_threads is not None:
-            torch.set_num_threads(cfg.cpu_threads)
-    else:
-        settings["gpu_memory_utilization"] = cfg.gpu_memory_utilization
+    settings = engine_settings(model_dir, cfg, seed)
+    if not torch.cuda.is_available() and cfg.cpu_threads is not None:
+        torch.set_num_threads(cfg.cpu_threads)
 
     set_num_threads = torch.set_num_threads
     with _unchanged_environment("LD_PRELOAD", "LOCAL_WORLD_SIZE"):

@@ -40,7 +40,7 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
     tokens = sum(row["tokens"] for row in rates.values())
 
     if waiting:
-        engine = make_engine(model_dir, cfg.inference, ctx.seed("select"))
+        engine = make_engine(model_dir, cfg.inference, ctx.seed("select"), ctx.log_dir)
         with (
             Journal(ctx.dir / "rates.jsonl") as journal,
             VerifierPool(cfg.verifier) as pool,

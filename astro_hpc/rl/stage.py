@@ -88,7 +88,7 @@ class _Loop:
         self.phrases = Phrases.load(cfg.clone.phrases)
         self.pool = VerifierPool(cfg.verifier)
         # The engine first: it sets up torch.distributed for itself, and the trainer joins what is there.
-        self.engine = make_engine(model_dir, cfg.inference, ctx.seed("rl"))
+        self.engine = make_engine(model_dir, cfg.inference, ctx.seed("rl"), ctx.log_dir)
         self.trainer = Trainer(
             hf_dir=model_dir,
             parallel=cfg.parallel,

@@ -60,6 +60,11 @@ class StageContext:
         return self.cfg.run_dir
 
     @property
+    def log_dir(self) -> Path:
+        """Where the output of processes that the stage starts goes; made by whoever writes there."""
+        return self.cfg.run_dir / "logs" / self.label
+
+    @property
     def stop_requested(self) -> bool:
         """SIGTERM, SIGUSR1 or Ctrl-C has come: save, then raise `CheckpointedExit`."""
         return self._stop

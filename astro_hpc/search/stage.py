@@ -103,7 +103,7 @@ def _search(
 ) -> None:
     cfg = ctx.cfg
     style = PromptStyle.load(cfg.model.prompt_style)
-    engine = make_engine(model_dir, cfg.inference, ctx.seed("search", "engine"))
+    engine = make_engine(model_dir, cfg.inference, ctx.seed("search", "engine"), ctx.log_dir)
     before, total = statistics.trees, statistics.trees + len(problems)
     started, cpu = time.monotonic(), _cpu_seconds()
     try:

@@ -9,23 +9,9 @@ from typing import Any
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import TrainingConfig
+from astro_hpc.inference.tokenizer import load_tokenizer as load_tokenizer
 from astro_hpc.run.files import read_jsonl
 from astro_hpc.training.packing import Example, PackedBatch, epoch_packs, masked_copy, pack_examples
-
-
-def load_tokenizer(hf_dir: Path) -> Any:
-    """The tokenizer of a Hugging Face folder; code inside the folder is not run.
-
-    Raises:
-        ConfigError: the folder has none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{hf_dir}: no usable tokenizer ({reason}); copy tokenizer.json into it") from None
 
 
 @dataclass
