@@ -13,6 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -154,5 +160,19 @@ def build_model(shape: LlamaShape, parallel: ParallelConfig, precision: Precisio
                 rope_scaling_factor=shape.rope_scaling_factor or 1.0,
                 vp_stage=vp_stage,
             )
+            _mark_split_weights(model)
             chunks.append(model.to(device=device(), dtype=params_dtype(precision)))
     return chunks
+
+
+def _mark_split_weights(model: torch.nn.Module) -> None:
+    """Say which weights tensor-parallel ranks have parts of; the gradient norm counts all others on one rank only.
+
+    Megatron's own layers do it while they draw initial values, which is left out here.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            weight = module.weight
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                dim = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

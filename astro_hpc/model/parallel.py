@@ -84,9 +84,9 @@ def launched_world_size() -> int:
 def join_process_group() -> None:
     """Meet the other ranks, or be alone where nobody started several. A group that is there is used as it is."""
     place = ranks.place_from()
+    # Megatron's order of kernels and tensor-parallel communication relies on it; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not on_cpu():
-        # Megatron's order of kernels and tensor-parallel communication relies on it; read when CUDA starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # Slurm may show each task its own GPU alone.
         torch.cuda.set_device((place.local_rank if place else 0) % torch.cuda.device_count())
     if torch.distributed.is_initialized():

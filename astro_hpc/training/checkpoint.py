@@ -85,6 +85,7 @@ class Saver:
                 str(temporary),
                 sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
                 async_sharded_save=True,
+                preprocess_common_before_consistancy_check=_comparable,
             )
         if _rank() == 0:
             write_json_atomic(temporary / _STATE, {"step": step, **state})
@@ -179,6 +180,11 @@ def _write_buckets(parent: int, transforms: list[Any], buckets: list[Any], send:
             return
         results[index] = written
     send.send(results)
+
+
+def _comparable(common: dict[str, Any]) -> dict[str, Any]:
+    """What ranks must agree on: the optimizer's state is None on ranks whose data-parallel leader saves it."""
+    return {**common, "optimizer": {name: value for name, value in common["optimizer"].items() if value is not None}}
 
 
 def _shared_temporary(folder: Path, name: str) -> Path:

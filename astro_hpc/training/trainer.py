@@ -220,6 +220,8 @@ class Trainer:
         """Megatron's sharded state dict; torch_dist reshards it on loading."""
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            # One data-parallel rank gathers the optimizer's state, in host memory; else every rank's GPU would.
+            "distrib_optim_fully_reshardable_mem_efficient": True,
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
@@ -267,7 +269,7 @@ class Trainer:
 
     def _own_part(self, batch: PackedBatch) -> PackedBatch:
         """Of the batch, padded as the parallel sizes want it, this context-parallel rank's tokens, on its device."""
-        batch = pad_batch(batch, sequence_multiple(self.parallel), pack_multiple(self.parallel))
+        batch = pad_batch(batch, sequence_multiple(self.parallel), pack_multiple(self.parallel, self.precision))
         group = parallel_state.get_context_parallel_group()
         if group.size() > 1:
             batch = batch.take(context_rows(batch.bounds, group.rank(), group.size()))
