@@ -16,8 +16,11 @@ from parallel_ranks import CASES, SAVED_STEP, STEPS, VOCAB_SIZE, Case, num_targe
 from safetensors.torch import load_file
 from tiny_models import hf_logprobs, hf_model, make_llama, random_examples
 
+from astro_hpc.config.base import ConfigError
+from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from astro_hpc.model.parallel import context_rows
 from astro_hpc.training.packing import Example, pack_examples, pad_batch
+from astro_hpc.training.trainer import Trainer
 
 FRESH = [case for case in CASES if not case.loads]
 LOADED = [case for case in CASES if case.loads]
@@ -123,6 +126,19 @@ def test_a_checkpoint_loads_into_other_sizes_and_training_goes_on(trained: Path,
     assert found[0]["lr"] == expected[0]["lr"]
     for name, tensor in theirs.items():
         assert relative(ours[name], tensor) < 1e-4, name
+
+
+def test_the_other_optimizers_checkpoint_is_refused_by_name(trained: Path) -> None:
+    trainer = Trainer(
+        trained / "untied",
+        ParallelConfig(use_distributed_optimizer=True),
+        PrecisionConfig(dtype="fp32"),
+        OptimizerConfig(lr=1e-2),
+        STEPS,
+        seed=0,
+    )
+    with pytest.raises(ConfigError, match="saved with parallel.use_distributed_optimizer=false"):
+        trainer.load_checkpoint(trained / "checkpoints" / "one")
 
 
 # --- splitting a pack over context-parallel ranks ----------------------------------------------------------------

@@ -158,6 +158,11 @@ def test_a_stop_reaches_every_rank_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rank_2.json").read_text()) == {"stopped": "1"}
 
 
+def test_a_stop_before_the_ranks_can_hear_it_is_a_stop(tmp_path: Path) -> None:
+    found = run_ranks(program("time.sleep(300)"), 2, tmp_path, {}, lambda: True)
+    assert found == {"stopped": "stopped while its ranks were starting"}
+
+
 def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     marker = f"marker-{tmp_path.name}"
     command = [*program("from astro_hpc.run.process import die_with_parent"), marker]
@@ -316,7 +321,8 @@ def test_the_stage_starts_its_ranks_and_is_done_once(whole: Run) -> None:
     logs = whole.folder / "logs" / "sft" / "astro" / "attempt_1"
     assert {path.name for path in logs.glob("*.log")} == {"rank_0.log", "rank_1.log"}
     last = len(rows)
-    expected = {f"step_{n:08d}" for n in (10, (last - 1) // 5 * 5, last)}
+    kept = {*range(10, last, 10), (last - 1) // 5 * 5, last}  # every tenth, and the two newest
+    expected = {f"step_{number:08d}" for number in kept}
     assert set(whole.checkpoints()) == {"latest", *expected}
     assert "done already" in whole.finish(whole.start())
     assert {path.name for path in logs.parent.iterdir()} == {"attempt_1"}

@@ -104,7 +104,7 @@ def run_ranks(
         told: JSON values that `supervised` returns in the ranks.
 
     Returns:
-        What rank 0 reported.
+        What rank 0 reported, `stopped` with a text among it when a stop was asked for in time.
 
     Raises:
         ConfigError: a rank refused the user's input.
@@ -125,7 +125,7 @@ def run_ranks(
             while True:
                 codes = [child.poll() for child in children]
                 shown.show()
-                if any(code not in (None, 0, EXIT_CHECKPOINTED) for code in codes) or None not in codes:
+                if None not in codes or any(code not in (None, 0, EXIT_CHECKPOINTED) for code in codes):
                     break
                 if stop_requested() and not told_to_stop:
                     told_to_stop = True
@@ -138,6 +138,8 @@ def run_ranks(
             for child in children:
                 child.wait()
             shown.show()
+    if told_to_stop and -signal.SIGTERM in codes and not any(_is_failure(code) for code in codes):
+        return {"stopped": "stopped while its ranks were starting"}  # too early for one to have a handler
     _raise_failure(codes, log_dir)
     result: dict[str, Any] = json.loads((log_dir / "rank_0.json").read_text(encoding="utf-8"))
     return result
@@ -176,6 +178,10 @@ def _start(
             process_group=0,
             pass_fds=inherited,
         )
+
+
+def _is_failure(code: int | None) -> bool:
+    return code not in (None, 0, EXIT_CHECKPOINTED, -signal.SIGTERM)
 
 
 def _raise_failure(codes: Sequence[int | None], log_dir: Path) -> None:

@@ -190,6 +190,8 @@ class Trainer:
         if path is None:
             return None
         state = checkpoint.read_state(path)
+        if "parallel" not in state:
+            raise ConfigError(f"{path}: was saved by an earlier version of astro_hpc; remove it to start anew")
         saved_by = ParallelConfig.model_validate(state["parallel"])
         if saved_by.use_distributed_optimizer != self.parallel.use_distributed_optimizer:
             was = str(saved_by.use_distributed_optimizer).lower()
