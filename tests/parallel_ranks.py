@@ -25,7 +25,7 @@ from astro_hpc.run.process import die_with_parent
 from astro_hpc.training.packing import PackedBatch, pack_examples
 from astro_hpc.training.trainer import Trainer
 
-STEPS, SAVED_STEP = 3, 2
+STEPS, SAVED_STEP, LR = 3, 2, 1e-2
 VOCAB_SIZE = 300
 
 
@@ -123,7 +123,7 @@ def _run(case: Case, folder: Path) -> None:
         folder / case.model,
         case.parallel,
         PrecisionConfig(dtype=case.dtype),  # type: ignore[arg-type]
-        OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=1.0),
+        OptimizerConfig(lr=LR, weight_decay=0.1, clip_grad=1.0),
         STEPS,
         seed=0,
     )

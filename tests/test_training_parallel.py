@@ -69,7 +69,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", FRESH, ids=ids(FRESH))
 def test_every_split_trains_as_one_process_does(trained: Path, case: Case) -> None:
     same = reference(case)
-    tolerance = 1e-5 if case.dtype == "fp32" else 2e-2
+    tolerance = 1e-5 if case.dtype == "fp32" else 2e-3
     found, expected = steps(trained, case), steps(trained, same)
     assert len(found) == STEPS
     for ours, theirs in zip(found, expected, strict=True):

@@ -153,7 +153,7 @@ def test_learning_rate_rises_and_falls_and_no_step_is_wasted(tiny: Path) -> None
 
 
 def test_bf16_trains_with_float32_masters(tiny: Path) -> None:
-    made = trainer(tiny, PrecisionConfig(dtype="bf16"), lr=1e-5, lr_schedule="constant", lr_warmup_fraction=0.0)
+    made = trainer(tiny, PrecisionConfig(dtype="bf16"), lr=1e-3, lr_schedule="constant", lr_warmup_fraction=0.0)
     batch = pack_examples(random_examples(4, 300), "all")
     count = float(batch.loss_mask.sum())
     losses = [made.train_step([batch], mean_loss(count))["loss"] for _ in range(3)]
