@@ -30,7 +30,7 @@ from astro_hpc.model.precision import params_dtype
 from astro_hpc.model.sizes import check_parallel, micro_batch_multiple, pack_multiple, sequence_multiple
 from astro_hpc.training import checkpoint
 from astro_hpc.training.adamw import prime_adamw, unshare_steps, use_fused_adamw
-from astro_hpc.training.logprobs import target_logprobs
+from astro_hpc.training.logprobs import RowSelector
 from astro_hpc.training.packing import PackedBatch, masked_copy, pad_batch
 
 _PLACE = "place"
@@ -81,7 +81,7 @@ class Trainer:
         self._config.finalize_model_grads_func = _sum_gradients
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
         self._saver = checkpoint.Saver()
-        self._rows = _RowSelector(models[-1], enabled=not parallel.sequence_parallel)
+        self._rows = RowSelector(models[-1], enabled=not parallel.sequence_parallel)
 
     @property
     def data_rank_and_size(self) -> tuple[int, int]:
@@ -276,42 +276,6 @@ class Trainer:
         if group.size() > 1:
             batch = batch.take(context_rows(batch.bounds, group.rank(), group.size()))
         return _to_device(batch)
-
-
-class _RowSelector:
-    """Lets the output layer work only on positions whose target carries loss.
-
-    A vocabulary is large: with prompts masked this saves much of the step. A forward pre-hook of the output layer
-    does it, so that GPTModel stays as it is. With sequence parallelism the layer itself gathers its input, so all
-    rows go through it and are chosen from afterwards.
-    """
-
-    def __init__(self, last_chunk: torch.nn.Module, enabled: bool) -> None:
-        self._enabled = enabled
-        self._rows: torch.Tensor | None = None
-        if enabled and last_chunk.post_process:
-            last_chunk.output_layer.register_forward_pre_hook(self._hook)
-
-    def select(self, loss_mask: torch.Tensor) -> None:
-        """Set the rows of the next forward pass; at least one, so that the graph is whole."""
-        rows = loss_mask.nonzero().flatten()
-        self._chosen = rows if rows.numel() else torch.zeros(1, dtype=torch.int64, device=loss_mask.device)
-        self._all = self._chosen.numel() == loss_mask.numel()
-
-    def _hook(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self._all else (args[0].index_select(0, self._chosen), *args[1:])
-
-    def scatter(self, logits: torch.Tensor, batch: PackedBatch, vocab_size: int) -> torch.Tensor:
-        """Logits of the chosen rows -> log-probabilities of all targets, 0 elsewhere. [T] float32."""
-        chosen = batch.loss_mask.nonzero().flatten()
-        if not chosen.numel():
-            return logits.new_zeros(batch.num_tokens, dtype=torch.float32) + logits.sum() * 0.0
-        if not self._enabled and chosen.numel() < batch.num_tokens:
-            logits = logits.index_select(0, chosen)
-        logprobs = target_logprobs(logits, batch.targets[chosen], vocab_size)
-        if chosen.numel() == batch.num_tokens:
-            return logprobs
-        return logprobs.new_zeros(batch.num_tokens).index_copy(0, chosen, logprobs)
 
 
 def _optimizer_config(
