@@ -13,8 +13,9 @@ import typer
 
 from astro_hpc import __version__
 from astro_hpc.config import ConfigError, RunConfig, load_config
-from astro_hpc.run.process import die_with_parent
-from astro_hpc.run.stage import EXIT_CHECKPOINTED, EXIT_USAGE, CheckpointedExit
+from astro_hpc.run.process import EXIT_CHECKPOINTED, EXIT_USAGE, die_with_parent
+from astro_hpc.run.ranks import RankFailed
+from astro_hpc.run.stage import CheckpointedExit
 
 app = typer.Typer(
     name="astro-hpc",
@@ -284,6 +285,9 @@ def main() -> None:
     except CheckpointedExit as error:
         print(f"astro-hpc: {error or 'checkpointed'}; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_CHECKPOINTED)
+    except RankFailed as error:
+        print(f"astro-hpc: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise

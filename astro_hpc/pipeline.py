@@ -27,7 +27,7 @@ _INFERENCE_ONLY_HOW = {
     "request_timeout_seconds",
 }
 _VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
-_CHECKPOINT = {"checkpoint"}
+_CHECKPOINT = {"checkpoint"}  # and `parallel`: the same mathematics, and checkpoints load into other sizes
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -46,14 +46,18 @@ def warmup(cfg: RunConfig) -> Stage:
     """Generated walks teach a small model the step format. Not in the paper; see README."""
 
     def body(ctx: StageContext) -> list[Path]:
-        from astro_hpc.cloning.warmup import write_examples
         from astro_hpc.training.sft import train
 
-        examples = write_examples(ctx)
+        examples = ctx.dir / "examples.jsonl"
         return [examples, *train(ctx, examples=examples, training=cfg.warmup, init_hf=base_model(cfg), label="warmup")]
 
+    def prepare(ctx: StageContext) -> Path:
+        from astro_hpc.cloning.warmup import write_examples
+
+        return write_examples(ctx)
+
     settings = {**_training_settings(cfg, cfg.warmup), "prompt_style": cfg.model.prompt_style}
-    return Stage("warmup", Path("warmup"), {"model": base_model(cfg)}, settings, body)
+    return Stage("warmup", Path("warmup"), {"model": base_model(cfg)}, settings, body, prepare, on_ranks=True)
 
 
 def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
@@ -219,7 +223,7 @@ def sft(cfg: RunConfig, arm: Arm) -> Stage:
         return train(ctx, examples=examples, training=cfg.sft, init_hf=policy_model(cfg), label=f"sft/{arm}")
 
     inputs = {"model": policy_model(cfg), "traces": examples}
-    return Stage(f"sft/{arm}", Path("sft") / arm, inputs, _training_settings(cfg, cfg.sft), body)
+    return Stage(f"sft/{arm}", Path("sft") / arm, inputs, _training_settings(cfg, cfg.sft), body, on_ranks=True)
 
 
 def select(cfg: RunConfig, arm: Arm) -> Stage:
@@ -263,7 +267,6 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
-        "parallel": _dump(cfg.parallel),
         "precision": _dump(cfg.precision),
     }
     return Stage(f"rl/{arm}", Path("rl") / arm, {"model": model, "prompts": prompts} | _files(cfg), settings, body)
@@ -372,8 +375,13 @@ def _run_child(command: list[str]) -> int:
 
 
 def run_one(cfg: RunConfig, stage: Stage, redo: bool = False) -> None:
-    """Carry out one stage, or say that it is done."""
-    if not run_stage(cfg, stage, redo):
+    """Carry out one stage, on all its ranks where it has several, or say that it is done."""
+    carry_out = run_stage
+    if stage.on_ranks:
+        from astro_hpc.training.ranks import run_on_ranks
+
+        carry_out = run_on_ranks
+    if not carry_out(cfg, stage, redo):
         print(f"{stage.label}: done already", file=sys.stderr)
 
 
@@ -435,7 +443,6 @@ def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, An
     return {
         "seed": cfg.seed,
         "training": _dump(training, _CHECKPOINT),
-        "parallel": _dump(cfg.parallel),
         "precision": _dump(cfg.precision),
     }
 

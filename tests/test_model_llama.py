@@ -109,7 +109,8 @@ def test_a_missing_or_broken_config_is_one_line(tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 4, "virtual_pipeline_parallel_size": 3}, 4, "32 layers"),
         ({"virtual_pipeline_parallel_size": 2}, 1, "pipeline_parallel_size is 1"),
         ({"sequence_parallel": True}, 1, "sequence_parallel"),
-        ({"context_parallel_size": 2}, 2, "context_parallel_size 2"),
+        ({"context_parallel_size": 2}, 3, "multiple of 2 ranks, there are 3"),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 2}, 2, "x dp 2 is 4 ranks, there are 2"),
         ({"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, 2, "wrong losses"),
     ],
 )
@@ -128,6 +129,21 @@ def test_possible_parallel_sizes() -> None:
     check_parallel(shape, ParallelConfig(tensor_parallel_size=8, sequence_parallel=True), 16, cpu=False)
     interleaved = ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)
     check_parallel(shape, interleaved, 2, cpu=False)
+    check_parallel(shape, ParallelConfig(context_parallel_size=2, data_parallel_size=3), 6, cpu=True)
+    deep = ParallelConfig(pipeline_parallel_size=4, virtual_pipeline_parallel_size=2)
+    check_parallel(shape, deep, 4, cpu=True)
+
+
+def test_what_packs_are_padded_to() -> None:
+    from astro_hpc.model.sizes import pack_multiple, sequence_multiple
+
+    plain = ParallelConfig(tensor_parallel_size=4)
+    split = ParallelConfig(tensor_parallel_size=4, sequence_parallel=True, context_parallel_size=2)
+    assert (sequence_multiple(plain), pack_multiple(plain, PrecisionConfig())) == (1, 1)
+    assert pack_multiple(plain, PrecisionConfig(fp8="tensorwise")) == 16
+    assert (sequence_multiple(split), pack_multiple(split, PrecisionConfig())) == (16, 16)
+    assert pack_multiple(split, PrecisionConfig(fp8="tensorwise")) == 128
+    assert pack_multiple(split, PrecisionConfig(fp8="blockwise")) == 1024
 
 
 def test_vocabulary_padding_keeps_shapes_over_tensor_parallel_sizes() -> None:

@@ -41,13 +41,15 @@ def save_tiny_llama(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_llama(folder: Path, *, tied: bool, llama3_rope: bool, vocab_size: int = 300, dtype: str = "float32") -> Path:
-    """A random Llama: 2 layers, 4 heads, 2 key/value heads of 16; the vocabulary doesn't divide by 128."""
+def make_llama(
+    folder: Path, *, tied: bool, llama3_rope: bool, vocab_size: int = 300, dtype: str = "float32", num_layers: int = 2
+) -> Path:
+    """A random Llama: 4 heads, 2 key/value heads of 16; the vocabulary doesn't divide by 128."""
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocab_size,

@@ -219,12 +219,16 @@ class InferenceConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How Megatron-Core splits the model. The data-parallel size is the number of ranks over their product."""
+    """How Megatron-Core splits the model and the data over ranks; free to change between attempts of a stage."""
 
+    data_parallel_size: PositiveInt | None = None
+    """Copies of the model. None: what the ranks that torchrun or srun started give; started here, as many as the GPUs
+    hold, and one on a CPU."""
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence; sequences are padded to a multiple of twice as many tokens."""
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
@@ -277,6 +281,13 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = 100
     keep_last: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: PositiveInt | None = None
+    """Besides these, keep those of steps divisible by this for good."""
+    deadline_minutes: Annotated[float, Field(gt=0)] | None = None
+    """After so many minutes of training an attempt saves and ends with exit code 75, to be started again."""
+    limit_margin_minutes: Annotated[float, Field(ge=0)] = 5.0
+    """It does so this long before Slurm's time limit too (SLURM_JOB_END_TIME, where Slurm sets it)."""
 
 
 class TrainingConfig(Section):

@@ -12,5 +12,11 @@ if not Path("/dev/nvidiactl").exists():
         warnings.filterwarnings("ignore", message=_message, category=UserWarning)
 
 # Megatron-Core 0.16 calls these itself; a user can do nothing about them.
-for _message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):
+for _message in (
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+):
     warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
+for _message in ("The .grad attribute of a Tensor that is not a leaf", "If you are using transformer_engine as the"):
+    warnings.filterwarnings("ignore", message=_message, category=UserWarning)

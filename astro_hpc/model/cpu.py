@@ -117,6 +117,7 @@ def megatron_device() -> Iterator[None]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
+    from megatron.core.tensor_parallel.random import CheckpointFunction as Recompute
 
     _depth += 1
     try:
@@ -129,6 +130,7 @@ def megatron_device() -> Iterator[None]:
                 (megatron_random, "_get_cuda_rng_state", _get_rng_state),
                 (megatron_random, "_set_cuda_rng_state", _set_rng_state),
                 (Linear, "backward", _with_mode(Linear.backward)),
+                (Recompute, "backward", _with_mode(Recompute.backward)),
                 (
                     DistributedOptimizer,
                     "_set_main_param_and_optimizer_states",

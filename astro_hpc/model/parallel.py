@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -11,66 +10,22 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import ParallelConfig
 from astro_hpc.model.cpu import megatron_device, on_cpu
-from astro_hpc.model.llama import LlamaShape
+from astro_hpc.model.sizes import check_parallel, check_world_size, padded_vocab_size
+from astro_hpc.run import ranks
 
+__all__ = [
+    "check_parallel",
+    "context_rows",
+    "initialise_parallel",
+    "join_process_group",
+    "launched_world_size",
+    "on_any_rank",
+    "padded_vocab_size",
+    "tell_all",
+]
 _TIMEOUT = timedelta(minutes=30)
-_VOCAB_MULTIPLE = 128  # keeps the padded vocabulary, and so a checkpoint's shapes, the same at tp 1, 2, 4 and 8
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """The vocabulary's size in Megatron: padded to divide by 128 and by the tensor-parallel size."""
-    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel_size)
-    return -(-vocab_size // multiple) * multiple
-
-
-def check_parallel(shape: LlamaShape, parallel: ParallelConfig, world_size: int, *, cpu: bool) -> None:
-    """Refuse what can't work, and what would run and silently give wrong losses.
-
-    Raises:
-        ConfigError: names the sizes and a remedy.
-    """
-    tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
-    vpp = parallel.virtual_pipeline_parallel_size
-    if world_size % parallel.model_parallel_size:
-        raise ConfigError(
-            f"parallel: tp {tp} x pp {pp} x cp {cp} needs a multiple of {parallel.model_parallel_size} ranks, "
-            f"there are {world_size}; lower a size (stages of several ranks are not built yet)"
-        )
-    for what, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
-        if count % tp:
-            fits = [n for n in range(1, count + 1) if not shape.num_heads % n and not shape.num_kv_heads % n]
-            raise ConfigError(
-                f"parallel.tensor_parallel_size {tp}: the model's {count} {what} don't divide by it; "
-                f"possible: {', '.join(map(str, fits))}"
-            )
-    if shape.ffn_hidden_size % tp:
-        raise ConfigError(f"parallel.tensor_parallel_size {tp} doesn't divide the MLP's width {shape.ffn_hidden_size}")
-    if vpp is not None and pp == 1:
-        raise ConfigError("parallel.virtual_pipeline_parallel_size is set but pipeline_parallel_size is 1; unset it")
-    stages = pp * (vpp or 1)
-    if shape.num_layers % stages:
-        fits = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
-        raise ConfigError(
-            f"parallel: {shape.num_layers} layers don't divide into pp {pp} x vpp {vpp or 1} = {stages} stages; "
-            f"the product can be {', '.join(map(str, fits))}"
-        )
-    if cp > 1:
-        raise ConfigError(
-            f"parallel.context_parallel_size {cp}: packed sequences can't be split over context-parallel ranks yet; "
-            "set it to 1 and raise tensor_parallel_size"
-        )
-    if parallel.sequence_parallel and tp == 1:
-        raise ConfigError("parallel.sequence_parallel needs tensor_parallel_size > 1; switch it off")
-    if cpu and vpp is not None and pp == 2:
-        raise ConfigError(
-            "parallel: interleaved pipeline of 2 stages gives wrong losses over gloo (without a GPU); "
-            "unset virtual_pipeline_parallel_size, or take pipeline_parallel_size 3 or more"
-        )
-
-
 _made_in: Any = None
 """The process group that Megatron's groups were made in."""
 
@@ -79,19 +34,14 @@ def initialise_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Join the process group and set up Megatron's parallel state and random states.
 
     A process group that is already there (an inference engine in this process makes one of its own) is used as it is.
-    RANK, WORLD_SIZE and MASTER_ADDR as torchrun sets them, or srun's SLURM_PROCID and SLURM_NTASKS together with
-    MASTER_ADDR, join several processes; without MASTER_ADDR this process is alone.
+    Several ranks meet by torchrun's variables or those of an srun step (`run.ranks.place_from`).
 
     Raises:
         ConfigError: the ranks that are there don't fit the sizes.
     """
     global _made_in
-    _initialise_process_group()
-    world_size = torch.distributed.get_world_size()
-    if world_size % parallel.model_parallel_size:
-        raise ConfigError(
-            f"parallel: a multiple of {parallel.model_parallel_size} ranks is needed, there are {world_size}"
-        )
+    join_process_group()
+    check_world_size(parallel, torch.distributed.get_world_size())
     with megatron_device():
         wanted = (
             parallel.tensor_parallel_size,
@@ -124,24 +74,75 @@ def _current_sizes() -> tuple[int, int, int | None, int]:
 
 
 def launched_world_size() -> int:
-    """Ranks that torchrun or srun started; 1 without them."""
+    """Ranks that were started together; 1 when this process is alone."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
-    if "MASTER_ADDR" not in os.environ:
-        return 1
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    place = ranks.place_from()
+    return place.world_size if place else 1
 
 
-def _initialise_process_group() -> None:
-    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+def join_process_group() -> None:
+    """Meet the other ranks, or be alone where nobody started several. A group that is there is used as it is."""
+    place = ranks.place_from()
+    # Megatron's order of kernels and tensor-parallel communication relies on it; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not on_cpu():
-        torch.cuda.set_device(local_rank)
+        # Slurm may show each task its own GPU alone.
+        torch.cuda.set_device((place.local_rank if place else 0) % torch.cuda.device_count())
     if torch.distributed.is_initialized():
         return
     backend = "gloo" if on_cpu() else "cpu:gloo,cuda:nccl"
-    world_size = launched_world_size()
-    if world_size == 1:
+    if place is None:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         return
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    host, port = ranks.set_rendezvous()
+    store = None
+    if ranks.supervised() is not None:
+        listener = os.environ.get(ranks.LISTEN_FD)
+        store = torch.distributed.TCPStore(
+            host,
+            port,
+            place.world_size,
+            is_master=place.rank == 0,
+            timeout=_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=int(listener) if listener else None,
+        )
+    torch.distributed.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT
+    )
+
+
+def tell_all(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    values = [value]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on some rank; all ranks call it at the same point and get the same answer."""
+    if torch.distributed.get_world_size() == 1:
+        return flag
+    seen = torch.tensor(int(flag))
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    return bool(seen)
+
+
+def context_rows(bounds: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Which tokens of a pack context-parallel rank `rank` of `size` holds, in its order: [tokens / size] int64.
+
+    Each sequence is cut into 2 x size pieces; a rank has the rank-th from the front and from the back, as Transformer
+    Engine and Megatron's rotary embedding expect it, so that under a causal mask all have equal work.
+
+    Args:
+        bounds: [sequences + 1] bounds of the sequences, whose lengths are multiples of 2 x size.
+    """
+    starts, ends = bounds[:-1].tolist(), bounds[1:].tolist()
+    parts = []
+    for start, end in zip(starts, ends, strict=True):
+        piece = (end - start) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + number * piece, start + (number + 1) * piece))
+    return torch.cat(parts).to(bounds.device)

@@ -43,6 +43,7 @@ def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
     settings = ctx.cfg.rl
     _check(settings, ctx.cfg.inference.max_model_len)
     problems = [Problem.from_json(row) for row in read_jsonl(prompts)]
+    ctx.stop_after(settings.checkpoint.deadline_minutes, settings.checkpoint.limit_margin_minutes)
     loop = _Loop(ctx, model_dir, problems)
     try:
         loop.run()
@@ -124,11 +125,16 @@ class _Loop:
                 row = self._step(step)
                 log.log(step, **row)
                 progress.update(reward=f"{row['reward']:+.3f}", pass_rate=f"{row['pass_rate']:.2f}")
-                last = step == self.settings.num_steps
-                if last or self.ctx.stop_requested or step % self.settings.checkpoint.every_steps == 0:
-                    keep_last = self.settings.checkpoint.keep_last
-                    self.trainer.save_checkpoint(self.checkpoints, step, {"tokens": self.tokens}, keep_last)
-                if self.ctx.stop_requested and not last:
+                last, stop = step == self.settings.num_steps, self.ctx.stop_requested
+                if last or stop or step % self.settings.checkpoint.every_steps == 0:
+                    self.trainer.save_checkpoint(
+                        self.checkpoints,
+                        step,
+                        {"tokens": self.tokens},
+                        self.settings.checkpoint.keep_last,
+                        keep_every=self.settings.checkpoint.keep_every,
+                    )
+                if stop and not last:
                     raise CheckpointedExit(f"{self.ctx.label}: saved after step {step} of {self.settings.num_steps}")
         self.ctx.count(tokens=self.tokens, steps=self.settings.num_steps, prompts=len(self.problems))
 

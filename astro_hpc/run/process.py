@@ -1,4 +1,4 @@
-"""Child processes that never outlive their parent."""
+"""Exit codes, and child processes that never outlive their parent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+EXIT_USAGE, EXIT_CHECKPOINTED = 2, 75
 _PR_SET_PDEATHSIG = 1
 
 

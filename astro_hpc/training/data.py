@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +81,22 @@ class StepPlan:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def position(self, steps_done: int) -> dict[str, Any]:
+        """Where the loader is after `steps_done` steps, for a checkpoint. How ranks share a step is no part of it."""
+        seen = self.steps[:steps_done]
+        order = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+        return {"steps": steps_done, "packs": sum(len(packs) for packs in seen), "order": order}
+
+    def steps_done(self, step: int, position: dict[str, Any]) -> int:
+        """The steps done at `position`, which a checkpoint after `step` steps holds.
+
+        Raises:
+            ConfigError: the steps before it saw other packs than this plan's.
+        """
+        if position != self.position(step):
+            raise ConfigError(f"the checkpoint after step {step} saw other data than there is now; --redo starts anew")
+        return step
 
     def batches(self, step: int, data_rank: int = 0, data_size: int = 1) -> list[PackedBatch]:
         """The packs of step `step` (0-based) that data-parallel rank `data_rank` of `data_size` sees.

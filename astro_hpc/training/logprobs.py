@@ -8,6 +8,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from astro_hpc.training.packing import PackedBatch
+
 _CHUNK_ELEMENTS = 4 << 20
 """Logits turned into float32 at a time: small enough to stay in cache, large enough to keep threads busy."""
 
@@ -67,3 +69,39 @@ def target_logprobs(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int
     if bool(padding.any()):
         logits = logits.masked_fill(padding, float("-inf"))
     return -vocab_parallel_cross_entropy(logits[:, None], targets[:, None]).squeeze(1)
+
+
+class RowSelector:
+    """Lets the output layer work only on positions whose target carries loss.
+
+    A vocabulary is large: with prompts masked this saves much of the step. A forward pre-hook of the output layer
+    does it, so that GPTModel stays as it is. With sequence parallelism the layer itself gathers its input, so all
+    rows go through it and are chosen from afterwards.
+    """
+
+    def __init__(self, last_chunk: torch.nn.Module, enabled: bool) -> None:
+        self._enabled = enabled
+        self._rows: torch.Tensor | None = None
+        if enabled and last_chunk.post_process:
+            last_chunk.output_layer.register_forward_pre_hook(self._hook)
+
+    def select(self, loss_mask: torch.Tensor) -> None:
+        """Set the rows of the next forward pass; at least one, so that the graph is whole."""
+        rows = loss_mask.nonzero().flatten()
+        self._chosen = rows if rows.numel() else torch.zeros(1, dtype=torch.int64, device=loss_mask.device)
+        self._all = self._chosen.numel() == loss_mask.numel()
+
+    def _hook(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self._all else (args[0].index_select(0, self._chosen), *args[1:])
+
+    def scatter(self, logits: torch.Tensor, batch: PackedBatch, vocab_size: int) -> torch.Tensor:
+        """Logits of the chosen rows -> log-probabilities of all targets, 0 elsewhere. [T] float32."""
+        chosen = batch.loss_mask.nonzero().flatten()
+        if not chosen.numel():
+            return logits.new_zeros(batch.num_tokens, dtype=torch.float32) + logits.sum() * 0.0
+        if not self._enabled and chosen.numel() < batch.num_tokens:
+            logits = logits.index_select(0, chosen)
+        logprobs = target_logprobs(logits, batch.targets[chosen], vocab_size)
+        if chosen.numel() == batch.num_tokens:
+            return logprobs
+        return logprobs.new_zeros(batch.num_tokens).index_copy(0, chosen, logprobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -47,6 +47,8 @@ class PackedBatch:
     """[examples + 1] int32; bounds of the examples: 0, ..., T."""
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     """[T] tensors beside the targets, for instance advantages."""
+    cu_seqlens_padded: torch.Tensor | None = None
+    """[examples + 1] int32; where the examples begin when padding follows each, `cu_seqlens` being without it."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,9 +56,25 @@ class PackedBatch:
         return self.tokens.numel()
 
     @property
+    def bounds(self) -> torch.Tensor:
+        """[examples + 1] int32; bounds of the examples as they lie, padding included."""
+        return self.cu_seqlens if self.cu_seqlens_padded is None else self.cu_seqlens_padded
+
+    @property
     def max_seqlen(self) -> int:
-        """The longest example's tokens."""
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+        """The longest example's tokens, padding included."""
+        return int((self.bounds[1:] - self.bounds[:-1]).max())
+
+    def take(self, rows: torch.Tensor) -> PackedBatch:
+        """The tokens at `rows`, which lie as this rank's share; the bounds stay the whole pack's."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            targets=self.targets[rows],
+            loss_mask=self.loss_mask[rows],
+            position_ids=self.position_ids[rows],
+            extras={name: tensor[rows] for name, tensor in self.extras.items()},
+        )
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int, seed: int | None) -> list[list[int]]:
@@ -140,8 +158,49 @@ def pack_examples(
     )
 
 
+def pad_batch(batch: PackedBatch, sequence_multiple: int, pack_multiple: int) -> PackedBatch:
+    """Fill up with tokens that carry no loss and that no real token sees.
+
+    Args:
+        sequence_multiple: each example is made to a multiple of this long; the padding follows it, so that under a
+            causal mask it changes nothing.
+        pack_multiple: the whole pack is made to a multiple of this long, by one example more.
+    """
+    if sequence_multiple > 1:
+        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int64)
+        padded = -(-lengths // sequence_multiple) * sequence_multiple
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
+        shift = torch.repeat_interleave(bounds[:-1] - batch.cu_seqlens[:-1], lengths)
+        batch = _spread(batch, torch.arange(batch.num_tokens) + shift, int(bounds[-1]))
+        batch.cu_seqlens_padded = bounds.to(torch.int32)
+    lacking = -batch.num_tokens % pack_multiple
+    if lacking:
+        whole = batch.num_tokens + lacking
+        batch = _spread(batch, torch.arange(batch.num_tokens), whole)
+        # Of no real tokens where the real lengths are kept apart.
+        real = lacking if batch.cu_seqlens_padded is None else 0
+        batch.cu_seqlens = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + real])
+        if batch.cu_seqlens_padded is not None:
+            batch.cu_seqlens_padded = torch.cat([batch.cu_seqlens_padded, torch.tensor([whole], dtype=torch.int32)])
+    return batch
+
+
+def _spread(batch: PackedBatch, rows: torch.Tensor, num_tokens: int) -> PackedBatch:
+    """The batch's tokens at `rows` of `num_tokens`, zeros elsewhere."""
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_zeros(num_tokens).index_copy_(0, rows, tensor)
+
+    return replace(
+        batch,
+        tokens=spread(batch.tokens),
+        targets=spread(batch.targets),
+        loss_mask=spread(batch.loss_mask),
+        position_ids=spread(batch.position_ids),
+        extras={name: spread(tensor) for name, tensor in batch.extras.items()},
+    )
+
+
 def masked_copy(batch: PackedBatch) -> PackedBatch:
     """The same tokens without loss: fills a data-parallel rank that has no pack of its own in a step."""
-    return PackedBatch(
-        batch.tokens, batch.targets, torch.zeros_like(batch.loss_mask), batch.position_ids, batch.cu_seqlens
-    )
+    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))

@@ -40,12 +40,16 @@ def train(ctx: StageContext, *, examples: Path, training: TrainingConfig, init_h
     trainer = Trainer(
         init_hf, ctx.cfg.parallel, ctx.cfg.precision, training.optimizer, len(plan), ctx.seed(label, "trainer")
     )
+    ctx.stop_after(training.checkpoint.deadline_minutes, training.checkpoint.limit_margin_minutes)
     resumed = trainer.load_checkpoint(checkpoints)
-    start = resumed[0] if resumed else 0
+    start = plan.steps_done(*resumed) if resumed else 0
     if start:
         ctx.say(f"going on after step {start} of {len(plan)}")
     started, trained_tokens, checkpoint_seconds = time.monotonic(), 0, 0.0
-    with MetricsLog(metrics_path, resume_step=start + 1) as log, ctx.progress(len(plan), "steps", start) as progress:
+    with (
+        MetricsLog(metrics_path, start + 1, write=ctx.rank == 0) as log,
+        ctx.progress(len(plan), "steps", start) as progress,
+    ):
         for step in range(start, len(plan)):
             began = time.monotonic()
             batches = plan.batches(step, *trainer.data_rank_and_size)
@@ -68,9 +72,11 @@ def train(ctx: StageContext, *, examples: Path, training: TrainingConfig, init_h
             )
             progress.update(1, loss=f"{result['loss']:.4f}", tokens_per_second=f"{tokens / (ended - began):.0f}")
             trainer.finish_checkpoint(block=False)
-            last, stop = step + 1 == len(plan), ctx.stop_requested
+            last, stop = step + 1 == len(plan), trainer.on_any_rank(ctx.stop_requested)
             if stop or last or (step + 1) % training.checkpoint.every_steps == 0:
-                trainer.save_checkpoint(checkpoints, step + 1, {}, training.checkpoint.keep_last, asynchronous=not stop)
+                keep_last, keep_every = training.checkpoint.keep_last, training.checkpoint.keep_every
+                position = plan.position(step + 1)
+                trainer.save_checkpoint(checkpoints, step + 1, position, keep_last, not stop, keep_every)
             checkpoint_seconds = time.monotonic() - ended
             if stop and not last:
                 raise CheckpointedExit(f"{label}: stopped after step {step + 1} of {len(plan)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -17,16 +19,21 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from astro_hpc.conversion.hf import load_hf, named_hf_tensors, save_hf
 from astro_hpc.model.build import build_model
 from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
-from astro_hpc.model.parallel import check_parallel, initialise_parallel, launched_world_size
+from astro_hpc.model.parallel import context_rows, initialise_parallel, launched_world_size, on_any_rank
 from astro_hpc.model.precision import params_dtype
+from astro_hpc.model.sizes import check_parallel, micro_batch_multiple, pack_multiple, sequence_multiple
 from astro_hpc.training import checkpoint
-from astro_hpc.training.logprobs import target_logprobs
-from astro_hpc.training.packing import PackedBatch
+from astro_hpc.training.adamw import prime_adamw, unshare_steps, use_fused_adamw
+from astro_hpc.training.logprobs import RowSelector
+from astro_hpc.training.packing import PackedBatch, masked_copy, pad_batch
+
+_PLACE = "place"
 
 LossFunction = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, dict[str, float]]]
 """(log-probabilities of the targets [T] float32 with gradient, batch) -> (scalar loss, numbers to add up)."""
@@ -69,17 +76,22 @@ class Trainer:
                 for index, model in enumerate(models)
             ]
             self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, parallel, precision), self.chunks)
-            _use_fused_adamw(self.optimizer)
+            use_fused_adamw(self.optimizer)
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
         self._config.finalize_model_grads_func = _sum_gradients
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
         self._saver = checkpoint.Saver()
-        self._rows = _RowSelector(models[-1], enabled=not parallel.sequence_parallel)
+        self._rows = RowSelector(models[-1], enabled=not parallel.sequence_parallel)
 
     @property
     def data_rank_and_size(self) -> tuple[int, int]:
         """This rank's place among the data-parallel ranks."""
         return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    @staticmethod
+    def on_any_rank(flag: bool) -> bool:
+        """Whether `flag` is true on some rank: what ranks must decide together. All call it at the same point."""
+        return on_any_rank(flag)
 
     def train_step(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction) -> dict[str, float]:
         """One optimizer step on the sum of the micro-batches' losses (the caller normalises).
@@ -106,15 +118,24 @@ class Trainer:
 
         With pipeline parallelism only the last stage has it; the others return zeros.
         """
-        kept = torch.zeros(batch.num_tokens, dtype=torch.float32, device=device())
+        found: list[tuple[PackedBatch, torch.Tensor]] = []
 
-        def keep(logprobs: torch.Tensor, _: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
-            kept.copy_(logprobs)
+        def keep(logprobs: torch.Tensor, local: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
+            found.append((local, logprobs))
             return logprobs.sum(), {}
 
+        # The rows' places in `batch` travel with them through padding and splitting.
+        places = torch.arange(1, batch.num_tokens + 1, dtype=torch.float64)
         with megatron_device(), torch.no_grad():
-            self._run([batch], keep, forward_only=True)
-        return kept
+            self._run([replace(batch, extras={_PLACE: places})], keep, forward_only=True)
+            kept = torch.zeros(batch.num_tokens + 1, dtype=torch.float32, device=device())
+            if found:
+                local, logprobs = found[0]
+                kept[local.extras[_PLACE].long()] = logprobs
+            group = parallel_state.get_context_parallel_group()
+            if group.size() > 1:
+                torch.distributed.all_reduce(kept, group=group)
+        return kept[1:]
 
     def named_hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights by Hugging Face name; see `conversion.hf.named_hf_tensors`."""
@@ -134,15 +155,22 @@ class Trainer:
         loader_state: dict[str, Any],
         keep_last: int = 2,
         asynchronous: bool = False,
+        keep_every: int | None = None,
     ) -> None:
         """Save model, optimizer, schedule, random state, `step` and `loader_state` (JSON values) under `folder`.
+
+        The `keep_last` newest checkpoints and those of steps that `keep_every` divides stay.
 
         Asynchronous: returns when a snapshot is taken; `finish_checkpoint` publishes it. Otherwise returns when
         everything is on disk and `latest` names it.
         """
-        state = {"loader": loader_state, "scheduler": self.scheduler.state_dict()}
+        state = {
+            "loader": loader_state,
+            "scheduler": self.scheduler.state_dict(),
+            "parallel": self.parallel.model_dump(mode="json"),
+        }
         with megatron_device():
-            self._saver.start(folder, step, self._sharded_state(is_loading=False), state, keep_last)
+            self._saver.start(folder, step, self._sharded_state(with_rng=True), state, keep_last, keep_every)
             self._saver.finish(block=not asynchronous)
 
     def finish_checkpoint(self, block: bool = True) -> bool:
@@ -162,26 +190,40 @@ class Trainer:
         if path is None:
             return None
         state = checkpoint.read_state(path)
+        if "parallel" not in state:
+            raise ConfigError(f"{path}: was saved by an earlier version of astro_hpc; remove it to start anew")
+        saved_by = ParallelConfig.model_validate(state["parallel"])
+        if saved_by.use_distributed_optimizer != self.parallel.use_distributed_optimizer:
+            was = str(saved_by.use_distributed_optimizer).lower()
+            raise ConfigError(
+                f"{path}: was saved with parallel.use_distributed_optimizer={was}, whose optimizer state has another "
+                "form; set it so again"
+            )
+        # Random states belong to places in the model: they are of use only where these are the same.
+        same_places = _places(saved_by) == _places(self.parallel)
         with megatron_device():
-            _prime_adamw(self.optimizer)
-            loaded = checkpoint.load(path, self._sharded_state(is_loading=True))
+            prime_adamw(self.optimizer)
+            loaded = checkpoint.load(path, self._sharded_state(is_loading=True, with_rng=same_places))
             for key, chunk in zip(self._model_keys(), self.chunks, strict=True):
                 chunk.module.load_state_dict(loaded[key])
             self.optimizer.load_state_dict(loaded["optimizer"])
-            _unshare_steps(self.optimizer)
-            _use_fused_adamw(self.optimizer)
-            get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
-            torch.set_rng_state(loaded["rng"]["torch"])
+            unshare_steps(self.optimizer)
+            use_fused_adamw(self.optimizer)
+            if same_places:
+                get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+                torch.set_rng_state(loaded["rng"]["torch"])
         self.scheduler.load_state_dict(state["scheduler"])
         return state["step"], state["loader"]
 
     def _model_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
 
-    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state(self, *, is_loading: bool = False, with_rng: bool) -> dict[str, Any]:
         """Megatron's sharded state dict; torch_dist reshards it on loading."""
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            # One data-parallel rank gathers the optimizer's state, in host memory; else every rank's GPU would.
+            "distrib_optim_fully_reshardable_mem_efficient": True,
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
@@ -191,8 +233,8 @@ class Trainer:
         }
         models = state["model"] if len(self.chunks) == 1 else dict(state)
         state["optimizer"] = self.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
-        if not is_loading:
-            state["rng"] = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+        if with_rng:
+            state["rng"] = _sharded_rng()
         return state
 
     def _run(
@@ -201,7 +243,7 @@ class Trainer:
         """Megatron's schedule over the micro-batches; returns their metrics (on the last pipeline stage)."""
 
         def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = _to_device(next(batches))
+            batch = next(batches)
             self._rows.select(batch.loss_mask)
             output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=_packed_params(batch))
 
@@ -213,53 +255,27 @@ class Trainer:
 
             return output, loss_of
 
-        longest = max(batch.num_tokens for batch in micro_batches)
-        streams = [iter(micro_batches) for _ in self.chunks]
+        fillers = -len(micro_batches) % micro_batch_multiple(self.parallel)
+        batches = [self._own_part(batch) for batch in micro_batches]
+        batches += [masked_copy(batches[0])] * fillers
+        streams = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=streams if len(streams) > 1 else streams[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=longest,
+            num_microbatches=len(batches),
+            seq_length=max(int(batch.bounds[-1]) for batch in batches),
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-
-class _RowSelector:
-    """Lets the output layer work only on positions whose target carries loss.
-
-    A vocabulary is large: with prompts masked this saves much of the step. A forward pre-hook of the output layer
-    does it, so that GPTModel stays as it is. With sequence parallelism the layer itself gathers its input, so all
-    rows go through it and are chosen from afterwards.
-    """
-
-    def __init__(self, last_chunk: torch.nn.Module, enabled: bool) -> None:
-        self._enabled = enabled
-        self._rows: torch.Tensor | None = None
-        if enabled and last_chunk.post_process:
-            last_chunk.output_layer.register_forward_pre_hook(self._hook)
-
-    def select(self, loss_mask: torch.Tensor) -> None:
-        """Set the rows of the next forward pass; at least one, so that the graph is whole."""
-        rows = loss_mask.nonzero().flatten()
-        self._chosen = rows if rows.numel() else torch.zeros(1, dtype=torch.int64, device=loss_mask.device)
-        self._all = self._chosen.numel() == loss_mask.numel()
-
-    def _hook(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self._all else (args[0].index_select(0, self._chosen), *args[1:])
-
-    def scatter(self, logits: torch.Tensor, batch: PackedBatch, vocab_size: int) -> torch.Tensor:
-        """Logits of the chosen rows -> log-probabilities of all targets, 0 elsewhere. [T] float32."""
-        chosen = batch.loss_mask.nonzero().flatten()
-        if not chosen.numel():
-            return logits.new_zeros(batch.num_tokens, dtype=torch.float32) + logits.sum() * 0.0
-        if not self._enabled and chosen.numel() < batch.num_tokens:
-            logits = logits.index_select(0, chosen)
-        logprobs = target_logprobs(logits, batch.targets[chosen], vocab_size)
-        if chosen.numel() == batch.num_tokens:
-            return logprobs
-        return logprobs.new_zeros(batch.num_tokens).index_copy(0, chosen, logprobs)
+    def _own_part(self, batch: PackedBatch) -> PackedBatch:
+        """Of the batch, padded as the parallel sizes want it, this context-parallel rank's tokens, on its device."""
+        batch = pad_batch(batch, sequence_multiple(self.parallel), pack_multiple(self.parallel, self.precision))
+        group = parallel_state.get_context_parallel_group()
+        if group.size() > 1:
+            batch = batch.take(context_rows(batch.bounds, group.rank(), group.size()))
+        return _to_device(batch)
 
 
 def _optimizer_config(
@@ -301,43 +317,26 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> Opt
     )
 
 
-def _torch_adamws(optimizer: Any) -> Iterator[torch.optim.AdamW]:
-    """The torch AdamWs inside Megatron's optimizer: its fallback without Transformer Engine or Apex."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(inner.optimizer, torch.optim.AdamW):
-            yield inner.optimizer
-
-
-def _use_fused_adamw(optimizer: Any) -> None:
-    """Update each tensor in one pass instead of one a term."""
-    for adamw in _torch_adamws(optimizer):
-        for group in [*adamw.param_groups, adamw.defaults]:
-            group["fused"], group["foreach"] = True, False
-
-
-def _prime_adamw(optimizer: Any) -> None:
-    """Give torch's AdamW its state before loading: Megatron asks for moments but would leave out the step."""
-    for adamw in _torch_adamws(optimizer):
-        for group in adamw.param_groups:
-            for parameter in group["params"]:
-                if not adamw.state[parameter]:
-                    adamw.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data),
-                    }
-
-
-def _unshare_steps(optimizer: Any) -> None:
-    """Give each parameter its own step: a tensor shared by all would be counted up once a parameter."""
-    for adamw in _torch_adamws(optimizer):
-        for state in adamw.state.values():
-            state["step"] = state["step"].clone()
-
-
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
     """Megatron's reduction of gradients, without its division by the number of tokens: losses add up here."""
     finalize_model_grads(model, None, **kwargs)
+
+
+def _places(parallel: ParallelConfig) -> tuple[int, ...]:
+    """What a random state belongs to, besides the rank's coordinates."""
+    return (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+
+
+def _sharded_rng() -> ShardedObject:
+    """This rank's random states: one a tensor- and pipeline-parallel place, equal over the data-parallel ranks."""
+    mpu = parallel_state
+    return ShardedObject(
+        "rng",
+        {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()},
+        (mpu.get_pipeline_model_parallel_world_size(), mpu.get_tensor_model_parallel_world_size()),
+        (mpu.get_pipeline_model_parallel_rank(), mpu.get_tensor_model_parallel_rank()),
+        replica_id=mpu.get_data_parallel_rank(with_context_parallel=True),
+    )
 
 
 def _packed_params(batch: PackedBatch) -> PackedSeqParams:
@@ -346,6 +345,8 @@ def _packed_params(batch: PackedBatch) -> PackedSeqParams:
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=batch.cu_seqlens_padded,
+        cu_seqlens_kv_padded=batch.cu_seqlens_padded,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
@@ -359,13 +360,15 @@ def _to_device(batch: PackedBatch) -> PackedBatch:
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(where, non_blocking=True)
 
-    return PackedBatch(
-        move(batch.tokens),
-        move(batch.targets),
-        move(batch.loss_mask),
-        move(batch.position_ids),
-        move(batch.cu_seqlens),
-        {name: move(tensor) for name, tensor in batch.extras.items()},
+    return replace(
+        batch,
+        tokens=move(batch.tokens),
+        targets=move(batch.targets),
+        loss_mask=move(batch.loss_mask),
+        position_ids=move(batch.position_ids),
+        cu_seqlens=move(batch.cu_seqlens),
+        extras={name: move(tensor) for name, tensor in batch.extras.items()},
+        cu_seqlens_padded=None if batch.cu_seqlens_padded is None else move(batch.cu_seqlens_padded),
     )
 
 
