@@ -23,7 +23,7 @@ from astro_hpc.model.build import build_model
 from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import check_parallel, initialise_parallel, launched_world_size
-from astro_hpc.model.precision import params_dtype
+from astro_hpc.model.precision import fields_here, params_dtype
 from astro_hpc.training import checkpoint
 from astro_hpc.training.logprobs import target_logprobs
 from astro_hpc.training.packing import PackedBatch
@@ -59,10 +59,9 @@ class Trainer:
             load_hf(models, self.hf_dir)
             self._config = models[0].config
             ddp = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 overlap_grad_reduce=False,
-                fp8_param_gather=precision.fp8_param_gather,
+                **fields_here(precision, use_distributed_optimizer=parallel.use_distributed_optimizer).ddp,
             )
             self.chunks = [
                 DistributedDataParallel(self._config, ddp, model, disable_bucketing=index > 0)
@@ -275,10 +274,8 @@ def _optimizer_config(
         adam_eps=optimizer.eps,
         # Megatron computes the norm only when it clips; an unreachable limit keeps the norm in the metrics.
         clip_grad=optimizer.clip_grad or float("inf"),
-        bf16=precision.dtype == "bf16",
-        params_dtype=params_dtype(precision),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
+        **fields_here(precision, use_distributed_optimizer=parallel.use_distributed_optimizer).optimizer,
     )
 
 
