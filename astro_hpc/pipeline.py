@@ -22,6 +22,7 @@ from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
 _INFERENCE_ONLY_HOW = {"max_num_seqs", "gpu_memory_utilization", "cpu_kv_cache_gb", "cpu_threads", "block_size"}
 _VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
 _CHECKPOINT = {"checkpoint"}
+_TRAINING_ONLY_HOW = {"checkpoint", "validate_every_steps"}
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -306,7 +307,7 @@ def _files(cfg: RunConfig, sources: Iterable[Any] = ()) -> dict[str, Path]:
 def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, Any]:
     return {
         "seed": cfg.seed,
-        "training": _dump(training, _CHECKPOINT),
+        "training": _dump(training, _TRAINING_ONLY_HOW),
         "parallel": _dump(cfg.parallel),
         "precision": _dump(cfg.precision),
     }

@@ -25,9 +25,14 @@ def test_a_small_model_counts_what_pytorch_counts() -> None:
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=300, attn_implementation="eager",
-        )  # fmt: skip
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=300,
+            attn_implementation="eager",
+        )
     )
     length = 48
     with FlopCounterMode(display=False) as counter:

@@ -16,8 +16,8 @@ CONVENTION = "model FLOPs: forward + 2x backward, causal attention halved, packe
 # Dense matrix FLOP/s without sparsity, from the makers' data sheets: (BF16, FP8).
 _PEAKS = {
     "H100 PCIe": (756e12, 1513e12),
-    "H100": (989e12, 1979e12),
-    "H200": (989e12, 1979e12),
+    "H100 80GB HBM3": (989e12, 1979e12),
+    "NVIDIA H200": (989e12, 1979e12),
     "A100": (312e12, None),
 }
 
@@ -45,6 +45,8 @@ def train_flops(shape: LlamaShape, lengths: Iterable[int], num_targets: int, pad
 
 def peak_flops(chip_name: str, fp8: bool) -> float | None:
     """Dense matrix FLOP/s of a chip in BF16 or FP8; None where it is not known."""
+    if "NVL" in chip_name:  # clocked lower than its namesakes
+        return None
     for name, (bf16, in_fp8) in _PEAKS.items():
         if name in chip_name:
             return in_fp8 if fp8 else bf16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ class Trainer:
             self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, parallel, precision), self.chunks)
             _use_fused_adamw(self.optimizer)
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
-        self._config.finalize_model_grads_func = _sum_gradients
+        self._config.finalize_model_grads_func = self._sum_gradients
+        self.gradient_sync_seconds = 0.0
+        """Of the last step, from the end of this rank's backward passes until gradients were added up over ranks."""
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
         self._saver = checkpoint.Saver()
         self._rows = _RowSelector(models[-1], enabled=not parallel.sequence_parallel)
@@ -99,6 +102,12 @@ class Trainer:
             _, grad_norm, _ = self.optimizer.step()
         totals = _sum_dicts(outputs)
         return {**_reduce_metrics(totals), "grad_norm": float(grad_norm), "lr": lr}
+
+    def evaluate(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction) -> dict[str, float]:
+        """What `train_step` would give for loss and the sums of what `loss_fn` returned; nothing is trained."""
+        with megatron_device(), torch.no_grad():
+            outputs = self._run(micro_batches, loss_fn, forward_only=True)
+        return _reduce_metrics(_sum_dicts(outputs))
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probability of each target where `loss_mask` is not 0, elsewhere 0: [T] float32, no gradient.
@@ -173,6 +182,14 @@ class Trainer:
             torch.set_rng_state(loaded["rng"]["torch"])
         self.scheduler.load_state_dict(state["scheduler"])
         return state["step"], state["loader"]
+
+    def _sum_gradients(self, model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+        """Megatron's reduction of gradients, timed; without its division by the tokens, since losses add up here."""
+        _wait_for_device()
+        began = time.monotonic()
+        finalize_model_grads(model, None, **kwargs)
+        _wait_for_device()
+        self.gradient_sync_seconds = time.monotonic() - began
 
     def _model_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
@@ -332,11 +349,6 @@ def _unshare_steps(optimizer: Any) -> None:
             state["step"] = state["step"].clone()
 
 
-def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients, without its division by the number of tokens: losses add up here."""
-    finalize_model_grads(model, None, **kwargs)
-
-
 def _packed_params(batch: PackedBatch) -> PackedSeqParams:
     # The longest example exactly: Megatron takes a rotary table as long as the pack for one of running positions.
     return PackedSeqParams(
@@ -346,6 +358,11 @@ def _packed_params(batch: PackedBatch) -> PackedSeqParams:
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
+
+
+def _wait_for_device() -> None:
+    if not on_cpu():
+        torch.cuda.synchronize()
 
 
 def _to_device(batch: PackedBatch) -> PackedBatch:
