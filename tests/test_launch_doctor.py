@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from astro_hpc.cli import app
 from astro_hpc.config.schema import JsonlSource, ProblemsConfig, RunConfig, SignsSource
-from astro_hpc.launch import doctor
-from astro_hpc.launch.doctor import Check
+from astro_hpc.launch import checks, doctor, run_checks
+from astro_hpc.launch.checks import Check
 from astro_hpc.model.libraries import Chip, Library, Machine
 
 H100 = Chip("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30)
@@ -74,24 +74,24 @@ def test_precision_is_held_against_chip_and_libraries(model: Path, tmp_path: Pat
     cfg = config(model, tmp_path, precision={"fp8": "tensorwise"})
     shape = None
     good = Machine(H100, (12, 9), Library("2.20.2"))
-    (found,) = doctor._precision(cfg, good, shape)
+    (found,) = run_checks.arithmetic(cfg, good, shape)
     assert (found.status, found.found) == ("pass", "fp8 tensorwise (hybrid)")
-    (found,) = doctor._precision(cfg, Machine(Chip("A100", (8, 0), 80 << 30), (12, 9), Library(None)), shape)
+    (found,) = run_checks.arithmetic(cfg, Machine(Chip("A100", (8, 0), 80 << 30), (12, 9), Library(None)), shape)
     assert found.status == "fail"
     assert "A100 has 8.0" in found.found
     assert "Transformer Engine, which is not installed" in found.found
-    (found,) = doctor._precision(config(model, tmp_path, precision={"exp_avg_dtype": "bf16"}), good, shape)
+    (found,) = run_checks.arithmetic(config(model, tmp_path, precision={"exp_avg_dtype": "bf16"}), good, shape)
     assert found.remedy == "set precision.precision_aware_optimizer=true"
 
 
 def test_pypis_apex_and_a_missing_engine_on_a_gpu(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "apex", lambda: Library("0.9.10", "this is PyPI's unrelated web toolkit"))
+    monkeypatch.setattr(checks, "apex", lambda: Library("0.9.10", "this is PyPI's unrelated web toolkit"))
     machine = Machine(H100, (12, 9), Library(None))
-    engine, apex = doctor._kernels(machine, config(model, tmp_path, parallel={"sequence_parallel": True}))
+    engine, apex = checks.kernels(machine, config(model, tmp_path, parallel={"sequence_parallel": True}))
     assert (engine.status, apex.status) == ("fail", "warn")
     assert "sequence" in engine.remedy
     assert apex.remedy.startswith("pip uninstall apex")
-    engine, _ = doctor._kernels(machine, None)
+    engine, _ = checks.kernels(machine, None)
     assert engine.status == "warn"
 
 
@@ -99,10 +99,10 @@ def test_a_damaged_model_folder(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text((model / "config.json").read_text())
-    rows = doctor._Model(config(folder, tmp_path)).rows
+    rows = run_checks.Model(config(folder, tmp_path)).rows
     assert rows[0].status == "fail"
     assert "lacks tokenizer.json and *.safetensors" in rows[0].found
-    rows = doctor._Model(config(tmp_path / "gone", tmp_path)).rows
+    rows = run_checks.Model(config(tmp_path / "gone", tmp_path)).rows
     assert rows[0].status == "fail"
 
 
@@ -112,15 +112,15 @@ def test_a_model_too_large_for_memory_and_disk_fails(tmp_path: Path) -> None:
     shape = LlamaShape(80, 8192, 28672, 64, 8, 128, 128256, 131072, 1e-5, 500000.0, 8.0, False)
     cfg = config(tmp_path, tmp_path, precision={"dtype": "bf16"})
     machine = Machine(H100, (12, 9), Library("2.20.2"))
-    assert doctor.state_bytes(shape, cfg, 1) == pytest.approx(18 * 70.55e9, rel=1e-3)
+    assert run_checks.state_bytes(shape, cfg, 1) == pytest.approx(18 * 70.55e9, rel=1e-3)
     split = {"tensor_parallel_size": 8, "pipeline_parallel_size": 4, "use_distributed_optimizer": True}
     cfg_split = config(tmp_path, tmp_path, precision={"dtype": "bf16"}, parallel=split)
-    assert doctor.state_bytes(shape, cfg_split, 64) == pytest.approx((6 + 12 / 2) * 70.55e9 / 32, rel=1e-3)
-    (memory,) = doctor._memory(cfg, machine, shape)
+    assert run_checks.state_bytes(shape, cfg_split, 64) == pytest.approx((6 + 12 / 2) * 70.55e9 / 32, rel=1e-3)
+    (memory,) = run_checks.memory(cfg, machine, shape)
     assert memory.status == "fail"
-    (disk,) = doctor._disk(cfg, shape)
+    (disk,) = run_checks.disk(cfg, shape)
     assert (disk.status == "fail") == ("free some" in disk.remedy)
-    (small,) = doctor._memory(None, machine, None)
+    (small,) = run_checks.memory(None, machine, None)
     assert small.status in ("pass", "warn")
 
 
@@ -141,9 +141,9 @@ def test_the_command_prints_json_and_leaves_with_1_on_a_failure(model: Path, tmp
 
 def test_sources_without_files_need_none(model: Path, tmp_path: Path) -> None:
     cfg = config(model, tmp_path)
-    assert list(doctor._inputs(cfg)) == []
+    assert list(run_checks.inputs(cfg)) == []
     there = tmp_path / "p.jsonl"
     there.write_text("{}\n")
     problems = ProblemsConfig(train=[JsonlSource(type="jsonl", path=there), SignsSource(count=1)])
-    (found,) = doctor._inputs(cfg.model_copy(update={"problems": problems}))
+    (found,) = run_checks.inputs(cfg.model_copy(update={"problems": problems}))
     assert found.status == "pass"
