@@ -26,7 +26,7 @@ from astro_hpc.model.precision import (
     fields_here,
     megatron_fields,
     missing,
-    pack_multiple,
+    fp8_token_multiple,
 )
 
 # Names that the two versions' sources share, of those that arithmetic may use.
@@ -215,7 +215,7 @@ def test_the_models_configuration_checks_the_precision(monkeypatch: pytest.Monke
 
 
 def test_packs_come_in_the_multiples_that_fp8_products_need() -> None:
-    multiples = [pack_multiple(config(fp8=fp8)) for fp8 in ("none", "delayed", "tensorwise", "blockwise")]
+    multiples = [fp8_token_multiple(config(fp8=fp8)) for fp8 in ("none", "delayed", "tensorwise", "blockwise")]
     assert multiples == [1, 16, 16, 128]
 
 

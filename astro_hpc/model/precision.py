@@ -29,7 +29,7 @@ _TRANSFORMER_ENGINE = {"delayed": (2, 1), "tensorwise": (2, 2), "blockwise": (2,
 _TRANSFORMER_ENGINE_ADAM = (2, 1)
 _BLOCKWISE_CUDA = (12, 9)
 # Matrix products in FP8 need the number of rows in these multiples.
-_PACK_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
+_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128}
 
 
 @dataclass
@@ -159,9 +159,9 @@ def check_edge_layers(precision: PrecisionConfig, num_layers: int, pipeline_para
             )
 
 
-def pack_multiple(precision: PrecisionConfig) -> int:
+def fp8_token_multiple(precision: PrecisionConfig) -> int:
     """A packed sequence's tokens must come in multiples of this on each rank: FP8's matrix products need it."""
-    return _PACK_MULTIPLE[precision.fp8]
+    return _TOKEN_MULTIPLE[precision.fp8]
 
 
 def has_transformer_engine() -> bool:
