@@ -66,7 +66,7 @@ def exported(folder: Path) -> str:
 
 def start(model: Path, folder: Path) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
         # Sums over threads depend on their number.
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }

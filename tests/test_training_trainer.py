@@ -156,8 +156,9 @@ def test_bf16_trains_with_float32_masters(tiny: Path) -> None:
     made = trainer(tiny, PrecisionConfig(dtype="bf16"), lr=1e-5, lr_schedule="constant", lr_warmup_fraction=0.0)
     batch = pack_examples(random_examples(4, 300), "all")
     count = float(batch.loss_mask.sum())
-    losses = [made.train_step([batch], mean_loss(count))["loss"] for _ in range(3)]
-    assert losses[2] < losses[0]
+    # A step moves a weight by 1e-5, far below bf16's spacing at 0.1: only masters can add that up.
+    losses = [made.train_step([batch], mean_loss(count))["loss"] for _ in range(40)]
+    assert losses[-1] < losses[0] - 0.005
     reference = trainer(tiny).train_step([batch], mean_loss(count))["loss"]
     assert losses[0] == pytest.approx(reference, rel=5e-3)
     assert all(tensor.dtype == torch.bfloat16 for _, tensor in made.named_hf_tensors())
