@@ -64,9 +64,8 @@ def train(ctx: StageContext, *, examples: Path, training: TrainingConfig, init_h
             sync = trainer.gradient_sync_seconds
             speed = meter.measure(plan.lengths(step), plan.num_targets(step), fed, ended - began, sync)
             trained_tokens += plan.num_tokens(step)
-            row = _row(result, speed, loaded - began, ended - loaded - sync, checkpoint_seconds) | validation.after(
-                step
-            )
+            row = _row(result, speed, loaded - began, ended - loaded - sync, checkpoint_seconds)
+            row |= validation.after(step)
             log.log(step + 1, **row)
             shown = {"loss": f"{row['loss']:.4f}", "tokens_per_second": f"{row['tokens_per_second']:.0f}"}
             progress.update(1, **shown, **_shown(row))
