@@ -24,9 +24,9 @@ from astro_hpc.model.precision import (
     MegatronFields,
     check_edge_layers,
     fields_here,
+    fp8_token_multiple,
     megatron_fields,
     missing,
-    fp8_token_multiple,
 )
 
 # Names that the two versions' sources share, of those that arithmetic may use.
