@@ -262,6 +262,24 @@ def trace(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also check what this run needs.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine has and lacks, with the remedy; exit code 1 when something fails. Changes nothing."""
+    from astro_hpc.launch import doctor
+
+    rows = doctor.examine(load_config(config, overrides or []) if config else None)
+    if as_json:
+        print(json.dumps(doctor.as_json(rows), indent=2))
+    else:
+        doctor.print_checks(rows)
+    if not doctor.healthy(rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help='One {"gold": ..., "pred": ...} a line.')],
 ) -> None:

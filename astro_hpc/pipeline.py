@@ -28,6 +28,7 @@ _INFERENCE_ONLY_HOW = {
 }
 _VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
 _CHECKPOINT = {"checkpoint"}  # and `parallel`: the same mathematics, and checkpoints load into other sizes
+_TRAINING_ONLY_HOW = {"checkpoint", "validate_every_steps"}
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -442,7 +443,7 @@ def _source_files(sources: Iterable[Any]) -> dict[str, Path]:
 def _training_settings(cfg: RunConfig, training: TrainingConfig) -> dict[str, Any]:
     return {
         "seed": cfg.seed,
-        "training": _dump(training, _CHECKPOINT),
+        "training": _dump(training, _TRAINING_ONLY_HOW),
         "precision": _dump(cfg.precision),
     }
 

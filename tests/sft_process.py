@@ -8,6 +8,7 @@ from pathlib import Path
 
 from astro_hpc.config.schema import (
     CheckpointConfig,
+    MetricsConfig,
     OptimizerConfig,
     PrecisionConfig,
     ProblemsConfig,
@@ -25,17 +26,20 @@ def context(folder: Path) -> StageContext:
         runs_dir=folder,
         problems=ProblemsConfig(train=[SignsSource(count=1)]),
         precision=PrecisionConfig(dtype="bf16"),
+        metrics=MetricsConfig(tensorboard=True),
     )
     return StageContext(cfg=cfg, dir=folder, label="sft")
 
 
 def training() -> TrainingConfig:
-    """Two epochs of small steps, a checkpoint at every fifth."""
+    """Two epochs of small steps, a checkpoint at every fifth, the validation loss at every fourth."""
     return TrainingConfig(
         num_epochs=2,
         seq_length=48,
         global_batch_size=2,
         loss_on="completion",
+        validation_fraction=0.1,
+        validate_every_steps=4,
         optimizer=OptimizerConfig(lr=1e-3),
         checkpoint=CheckpointConfig(every_steps=5, keep_last=2),
     )

@@ -11,7 +11,6 @@ import pytest
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import ParallelConfig, PrecisionConfig
 from astro_hpc.model.llama import LlamaShape, transformer_config
-from astro_hpc.model.precision import fp8_fields, precision_fields
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -153,40 +152,6 @@ def test_vocabulary_padding_keeps_shapes_over_tensor_parallel_sizes() -> None:
     assert {padded_vocab_size(128_262, tp) for tp in (1, 2, 4, 8)} == {128_384}
     assert padded_vocab_size(49_152, 3) == 49_152
     assert padded_vocab_size(300, 3) % 3 == 0
-
-
-def test_fp8_fields_of_each_recipe() -> None:
-    assert fp8_fields(PrecisionConfig()) == {}
-    tensorwise = fp8_fields(PrecisionConfig(fp8="tensorwise"))
-    assert tensorwise["fp8"] == "hybrid"
-    assert tensorwise["fp8_recipe"] == "tensorwise"
-    assert tensorwise["first_last_layers_bf16"] is True
-    blockwise = PrecisionConfig(
-        fp8="blockwise", fp8_format="e4m3", fp8_param_gather=True, bf16_layers_at_start=0, bf16_layers_at_end=0
-    )
-    assert fp8_fields(blockwise) == {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": True}
-    delayed = PrecisionConfig(fp8="delayed", bf16_layers_at_start=0, bf16_layers_at_end=0)
-    assert fp8_fields(delayed)["fp8_amax_history_len"] == 1024
-
-
-def test_fp8_is_refused_where_it_would_silently_be_bf16() -> None:
-    with pytest.raises(ConfigError, match="there is no GPU"):
-        precision_fields(PrecisionConfig(fp8="tensorwise"), cpu=True)
-    with pytest.raises(ConfigError, match="edge layers"):
-        fp8_fields(PrecisionConfig(fp8="delayed"))
-    with pytest.raises(ConfigError, match="needs bf16"):
-        fp8_fields(PrecisionConfig(dtype="fp32", fp8="tensorwise"))
-
-
-def test_fp8_fields_are_ones_that_megatron_has() -> None:
-    from dataclasses import fields
-
-    from megatron.core.transformer import TransformerConfig
-
-    known = {field.name for field in fields(TransformerConfig)}
-    delayed = PrecisionConfig(fp8="delayed", bf16_layers_at_start=0, bf16_layers_at_end=0)
-    for precision in (PrecisionConfig(fp8="tensorwise"), delayed):
-        assert set(fp8_fields(precision)) <= known
 
 
 def test_the_70b_configuration_is_accepted_by_megatron() -> None:

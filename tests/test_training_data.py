@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import TrainingConfig
-from astro_hpc.training.data import StepPlan, load_examples, load_tokenizer
+from astro_hpc.run.seeds import derive_seed
+from astro_hpc.training.data import StepPlan, held_out_share, load_examples, load_tokenizer
 from astro_hpc.training.packing import Example
 
 
@@ -40,6 +42,34 @@ def test_examples_over_the_length_are_counted(tokenizer: Any, tmp_path: Path) ->
     assert found.num_dropped == 1
     with pytest.raises(ConfigError, match="all 3 examples are longer than seq_length 4"):
         load_examples(tmp_path / "a.jsonl", tokenizer, 4)
+
+
+def test_over_long_examples_can_be_cut(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": " b" * count} for count in (3, 8, 9)]
+    rows.append({"prompt": "a" + " b" * 9, "completion": " c"})  # its completion would be cut off whole
+    found = load_examples(write(tmp_path / "a.jsonl", rows), tokenizer, 10, over_long="cut")
+    assert [example.num_inputs + 1 for example in found.examples] == [5, 10, 10]
+    assert found.examples[1].completion[-1] == tokenizer.eos_token_id
+    assert found.examples[2].completion[-1] != tokenizer.eos_token_id
+    assert (found.num_cut, found.num_dropped) == (1, 1)
+
+
+def test_a_share_of_the_problems_is_held_out_whole(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}", "completion": f" {k}", "problem_id": f"p{i}"} for i in range(200) for k in range(2)]
+    path = write(tmp_path / "a.jsonl", rows)
+    held_out = held_out_share(0.25, partial(derive_seed, 7))
+    found = load_examples(path, tokenizer, 10, held_out=held_out)
+    assert 70 <= len(found.validation) <= 130
+    train, validation = ({e.prompt for e in part} for part in (found.examples, found.validation))
+    assert not train & validation
+    assert len(found.examples) + len(found.validation) == 400
+    # More or reordered rows and a larger share move nobody from validation to training.
+    again = load_examples(write(tmp_path / "b.jsonl", rows[::-1]), tokenizer, 10, held_out=held_out)
+    assert {e.prompt for e in again.validation} == validation
+    assert all(held_out_share(0.5, partial(derive_seed, 7))(f"p{i}") for i in range(200) if held_out(f"p{i}"))
+    assert not any(map(held_out_share(0.0, partial(derive_seed, 7)), map(str, range(99))))
+    with pytest.raises(ConfigError, match="every problem is held out"):
+        load_examples(path, tokenizer, 10, held_out=lambda _: True)
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a"}, {"prompt": "a", "completion": 3}, {"prompt": "", "completion": "b"}])

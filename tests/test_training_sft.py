@@ -25,7 +25,7 @@ from astro_hpc.training import checkpoint
 from astro_hpc.training.packing import PackedBatch, pack_examples
 from astro_hpc.training.trainer import Trainer
 
-RESULTS = ("step", "loss", "grad_norm", "lr", "tokens")
+RESULTS = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss")
 
 
 def prepare(folder: Path) -> Path:
@@ -43,7 +43,20 @@ def prepare(folder: Path) -> Path:
 
 
 def results(folder: Path) -> list[tuple[Any, ...]]:
-    return [tuple(row[name] for name in RESULTS) for row in read_metrics(folder / "metrics.jsonl")]
+    return [tuple(row.get(name) for name in RESULTS) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def in_tensorboard(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of every event file, in the order of writing."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return [
+        (event.step, value.tensor.float_val[0])
+        for path in sorted((folder / "tensorboard").iterdir())
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag == tag
+    ]
 
 
 def exported(folder: Path) -> str:
@@ -53,7 +66,7 @@ def exported(folder: Path) -> str:
 
 def start(model: Path, folder: Path) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
         # Sums over threads depend on their number.
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
@@ -84,7 +97,8 @@ def processes_of(folder: Path) -> list[int]:
 def uninterrupted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = prepare(tmp_path_factory.mktemp("sft") / "whole")
     ctx = run(tiny_llama, folder)
-    assert ctx.counts["examples"] == 96
+    assert ctx.counts["examples"] + ctx.counts["examples_validation"] == 96
+    assert 2 <= ctx.counts["examples_validation"] <= 20
     assert ctx.counts["examples_dropped"] == 1
     return folder
 
@@ -94,7 +108,18 @@ def test_the_loop_learns_and_logs_every_step(uninterrupted: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert len(rows) > 15
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert {"tokens_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds"} <= set(rows[0])
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert row["tflops_per_rank"] > 0
+        assert row["peak_memory_gib"] > 0.1
+        assert row["padded_share"] == 0.0
+        assert row["gradient_sync_seconds"] >= 0
+        assert {"data_seconds", "compute_seconds", "checkpoint_seconds"} <= set(row)
+    measured = [row["step"] for row in rows if "validation_loss" in row]
+    assert measured == [step for step in range(1, len(rows) + 1) if step % 4 == 0 or step == len(rows)]
+    validation = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert validation[-1] < validation[0]
+    assert in_tensorboard(uninterrupted, "loss") == [(row["step"], pytest.approx(row["loss"])) for row in rows]
     names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
     assert names == ["latest", f"step_{len(rows) // 5 * 5:08d}", f"step_{len(rows):08d}"]
     assert (uninterrupted / "checkpoints/latest").read_text().strip() == names[-1]
@@ -118,6 +143,7 @@ def test_kill_9_and_resume_gives_the_same_losses_to_the_last_bit(
     ctx = run(tiny_llama, folder)
     assert ctx.counts["steps"] == len(results(uninterrupted))
     assert results(folder) == results(uninterrupted)
+    assert in_tensorboard(folder, "loss") == in_tensorboard(uninterrupted, "loss")
     assert exported(folder) == exported(uninterrupted)
     assert not list((folder / "checkpoints").glob(".*"))
 

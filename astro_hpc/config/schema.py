@@ -244,11 +244,22 @@ class PrecisionConfig(Section):
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """Recipe of FP8 matrix products: scales from earlier steps, from the whole tensor at hand, or a block of it."""
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    """`hybrid`: e4m3 forward, e5m2 for gradients; `e4m3` everywhere."""
     fp8_param_gather: bool = False
+    """Keep weights in FP8 and gather them so over data-parallel ranks. Needs parallel.use_distributed_optimizer."""
     bf16_layers_at_start: Annotated[int, Field(ge=0)] = 1
     """First layers kept in BF16 under FP8 (not with the delayed recipe)."""
     bf16_layers_at_end: Annotated[int, Field(ge=0)] = 1
+    grad_reduce_in_fp32: bool = True
+    """Add up gradients over micro-batches and ranks in float32; false: in the weights' type, half the memory."""
+    precision_aware_optimizer: bool = False
+    """Let Adam's state be narrower than float32, as below. Needs the distributed optimizer and Transformer Engine."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
 
 
 # --- stages ---------------------------------------------------------------------------------------------------
@@ -302,6 +313,12 @@ class TrainingConfig(Section):
     """Packed sequences of one forward pass on one rank; packing makes 1 the only useful value."""
     loss_on: Literal["all", "completion"] = "all"
     """Tokens that carry loss: all of them (the paper), or the completion only."""
+    over_long: Literal["drop", "cut"] = "drop"
+    """What happens to an example longer than seq_length: left out, or its end cut off; counted either way (ours)."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the problems that is held out, chosen by a hash of the problem's id, to measure the loss on (ours)."""
+    validate_every_steps: PositiveInt = 100
+    """How often that loss is measured; also at the end."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6)
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -493,6 +510,24 @@ class EvalConfig(Section):
     """By model name, for instance `{base: {num_samples: 1}}`; what is given replaces the settings above."""
 
 
+class WandbConfig(Section):
+    """Weights & Biases. Off by default; needs `pip install 'astro-hpc[wandb]'` and, online, an account of yours."""
+
+    enabled: bool = False
+    project: str = "astro-hpc"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes below the stage's folder only; `wandb sync` uploads it later."""
+
+
+class MetricsConfig(Section):
+    """Where the numbers of each training step go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Also write STAGE/tensorboard/; needs `pip install 'astro-hpc[tensorboard]'`."""
+    wandb: WandbConfig = WandbConfig()
+
+
 class RunConfig(Section):
     """A whole run, from math problems to a reinforcement-learned reasoner."""
 
@@ -510,6 +545,7 @@ class RunConfig(Section):
     inference: InferenceConfig = InferenceConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    metrics: MetricsConfig = MetricsConfig()
     warmup: WarmupConfig = WarmupConfig()
     search: SearchConfig = SearchConfig()
     economics: EconomicsConfig = EconomicsConfig()

@@ -126,7 +126,11 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: Path) -> None:
         whole = to_megatron(mapping.layout, parts, shape, padded)
         with torch.no_grad():
             for parameter in copies:
-                parameter.copy_(split(mapping, whole, rank, size))
+                part = split(mapping, whole, rank, size)
+                parameter.copy_(part)
+                # Beside a weight kept in FP8 lies what it was made from, and the optimizer's master starts from that.
+                if (kept := getattr(parameter, "get_high_precision_init_val", lambda: None)()) is not None:
+                    kept.copy_(part)
     if parameters:
         raise AssertionError(f"parameters without a Hugging Face tensor: {sorted(parameters)}")
 

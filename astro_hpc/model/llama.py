@@ -139,13 +139,19 @@ def transformer_config(
 
     Args:
         cpu: train without CUDA: gloo, and no fused kernels.
+
+    Raises:
+        ConfigError: the precision can't be had, with this Megatron-Core or on this machine.
     """
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    from astro_hpc.model.precision import precision_fields
+    from astro_hpc.model.libraries import has_fused_weight_gradient
+    from astro_hpc.model.precision import check_edge_layers, fields_here, has_transformer_engine
 
     pipeline = parallel.pipeline_parallel_size
+    check_edge_layers(precision, shape.num_layers, pipeline)
+    arithmetic = fields_here(precision, use_distributed_optimizer=parallel.use_distributed_optimizer)
     virtual = parallel.virtual_pipeline_parallel_size
     fields: dict[str, Any] = {
         "num_layers": shape.num_layers,
@@ -178,24 +184,17 @@ def transformer_config(
         "batch_p2p_sync": not cpu,
         "overlap_p2p_comm": virtual is not None and not cpu,
         # TE's fused kernels come with its layer spec; these are Megatron's own and Apex's.
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": not cpu and has_fused_weight_gradient(),
         "masked_softmax_fusion": False,
         "bias_activation_fusion": not cpu,
         "bias_dropout_fusion": not cpu,
         "cross_entropy_loss_fusion": False,
-        "apply_rope_fusion": not cpu and _has_transformer_engine(),
+        "apply_rope_fusion": not cpu and has_transformer_engine(),
         "persist_layer_norm": False,
-        "cuda_graph_scope": [],
         **_recompute_fields(parallel),
-        **precision_fields(precision, cpu=cpu),
+        **arithmetic.transformer,
     }
     return TransformerConfig(**fields)
-
-
-def _has_transformer_engine() -> bool:
-    from astro_hpc.model.precision import has_transformer_engine
-
-    return has_transformer_engine()
 
 
 def _recompute_fields(parallel: ParallelConfig) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def training_charts(series: Mapping[str, Rows]) -> list[Chart]:
     rl = {label: rows for label, rows in series.items() if label.startswith("rl/")}
     charts = [
         _lines(f"loss-{label.replace('/', '-')}", f"{_stage_title(label)}: loss", "nats a token", "optimizer step",
-               {"loss": (label, rows, "loss", "solid")}, smooth=True)
+               {"loss": (label, rows, "loss", "solid")} | _held_out(label, rows), smooth=True)
         for label, rows in supervised.items()
     ]  # fmt: skip
     charts += [
@@ -104,6 +104,12 @@ def plotly_script() -> str:
     import plotly.offline
 
     return plotly.offline.get_plotlyjs()
+
+
+def _held_out(label: str, rows: Rows) -> dict[str, tuple[str, Rows, str, str]]:
+    """The line of the loss on held-out problems, where there is one."""
+    line = (label, rows, "validation_loss", "dot")
+    return {"held-out problems": line} if any("validation_loss" in row for row in rows) else {}
 
 
 def _rl_chart(

@@ -26,7 +26,7 @@ from astro_hpc.rl.batches import RolloutBatch, make_batch, permuted_prompts
 from astro_hpc.rl.objective import mismatch, policy_loss
 from astro_hpc.rl.rollouts import Rollout, Sampler
 from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
-from astro_hpc.run.metrics import MetricsLog
+from astro_hpc.run.metrics import check_metrics, open_metrics
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 from astro_hpc.training.packing import PackedBatch
 from astro_hpc.training.trainer import Trainer
@@ -42,6 +42,7 @@ def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
     """
     settings = ctx.cfg.rl
     _check(settings, ctx.cfg.inference.max_model_len)
+    check_metrics(ctx.cfg.metrics)
     problems = [Problem.from_json(row) for row in read_jsonl(prompts)]
     ctx.stop_after(settings.checkpoint.deadline_minutes, settings.checkpoint.limit_margin_minutes)
     loop = _Loop(ctx, model_dir, problems)
@@ -118,7 +119,7 @@ class _Loop:
             self.engine.load_weights(self.trainer.named_hf_tensors(), version=first)
             self.ctx.say(f"resumed after step {first}")
         with (
-            MetricsLog(self.ctx.dir / "metrics.jsonl", resume_step=first + 1) as log,
+            open_metrics(self.ctx.dir, self.ctx.cfg.metrics, f"{self.ctx.cfg.name}/{self.ctx.label}", first + 1) as log,
             self.ctx.progress(self.settings.num_steps, "steps", done=first) as progress,
         ):
             for step in range(first + 1, self.settings.num_steps + 1):

@@ -26,6 +26,10 @@ class Example:
         """Tokens that are fed to the model: all but the last, which is only a target."""
         return len(self.prompt) + len(self.completion) - 1
 
+    def num_targets(self, loss_on: Literal["all", "completion"]) -> int:
+        """Tokens that carry loss."""
+        return self.num_inputs - (max(len(self.prompt) - 1, 0) if loss_on == "completion" else 0)
+
 
 @dataclass
 class PackedBatch:

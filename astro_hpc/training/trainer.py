@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from astro_hpc.model.build import build_model
 from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import context_rows, initialise_parallel, launched_world_size, on_any_rank
-from astro_hpc.model.precision import params_dtype
+from astro_hpc.model.precision import fields_here, params_dtype
 from astro_hpc.model.sizes import check_parallel, micro_batch_multiple, pack_multiple, sequence_multiple
 from astro_hpc.training import checkpoint
 from astro_hpc.training.adamw import prime_adamw, unshare_steps, use_fused_adamw
@@ -66,10 +67,9 @@ class Trainer:
             load_hf(models, self.hf_dir)
             self._config = models[0].config
             ddp = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
                 overlap_grad_reduce=False,
-                fp8_param_gather=precision.fp8_param_gather,
+                **fields_here(precision, use_distributed_optimizer=parallel.use_distributed_optimizer).ddp,
             )
             self.chunks = [
                 DistributedDataParallel(self._config, ddp, model, disable_bucketing=index > 0)
@@ -78,7 +78,9 @@ class Trainer:
             self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, parallel, precision), self.chunks)
             use_fused_adamw(self.optimizer)
         self.scheduler = _scheduler(self.optimizer, optimizer, total_steps)
-        self._config.finalize_model_grads_func = _sum_gradients
+        self._config.finalize_model_grads_func = self._sum_gradients
+        self.gradient_sync_seconds = 0.0
+        """Of the last step, from the end of this rank's backward passes until gradients were added up over ranks."""
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
         self._saver = checkpoint.Saver()
         self._rows = RowSelector(models[-1], enabled=not parallel.sequence_parallel)
@@ -112,6 +114,12 @@ class Trainer:
             _, grad_norm, _ = self.optimizer.step()
         totals = _sum_dicts(outputs)
         return {**_reduce_metrics(totals), "grad_norm": float(grad_norm), "lr": lr}
+
+    def evaluate(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction) -> dict[str, float]:
+        """What `train_step` would give for loss and the sums of what `loss_fn` returned; nothing is trained."""
+        with megatron_device(), torch.no_grad():
+            outputs = self._run(micro_batches, loss_fn, forward_only=True)
+        return _reduce_metrics(_sum_dicts(outputs))
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probability of each target where `loss_mask` is not 0, elsewhere 0: [T] float32, no gradient.
@@ -215,6 +223,14 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         return state["step"], state["loader"]
 
+    def _sum_gradients(self, model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+        """Megatron's reduction of gradients, timed; without its division by the tokens, since losses add up here."""
+        _wait_for_device()
+        began = time.monotonic()
+        finalize_model_grads(model, None, **kwargs)
+        _wait_for_device()
+        self.gradient_sync_seconds = time.monotonic() - began
+
     def _model_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
 
@@ -291,10 +307,8 @@ def _optimizer_config(
         adam_eps=optimizer.eps,
         # Megatron computes the norm only when it clips; an unreachable limit keeps the norm in the metrics.
         clip_grad=optimizer.clip_grad or float("inf"),
-        bf16=precision.dtype == "bf16",
-        params_dtype=params_dtype(precision),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        fp8_recipe=None if precision.fp8 == "none" else precision.fp8,
+        **fields_here(precision, use_distributed_optimizer=parallel.use_distributed_optimizer).optimizer,
     )
 
 
@@ -315,11 +329,6 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, total_steps: int) -> Opt
         wd_incr_steps=decay_steps,
         wd_incr_style="constant",
     )
-
-
-def _sum_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients, without its division by the number of tokens: losses add up here."""
-    finalize_model_grads(model, None, **kwargs)
 
 
 def _places(parallel: ParallelConfig) -> tuple[int, ...]:
@@ -350,6 +359,11 @@ def _packed_params(batch: PackedBatch) -> PackedSeqParams:
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
+
+
+def _wait_for_device() -> None:
+    if not on_cpu():
+        torch.cuda.synchronize()
 
 
 def _to_device(batch: PackedBatch) -> PackedBatch:
