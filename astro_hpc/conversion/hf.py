@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from astro_hpc.conversion.hf_folder import (
     SHARD_BYTES,
@@ -16,17 +18,26 @@ from astro_hpc.conversion.hf_folder import (
     plan_shards,
     shard_name,
 )
+from astro_hpc.conversion.megatron_folder import MegatronTensors
 from astro_hpc.conversion.names import Mapping, join, local_name, mappings, split, to_hf, to_megatron
+from astro_hpc.model.cpu import megatron_device
 from astro_hpc.model.llama import LlamaShape
+from astro_hpc.model.torch_dist import METADATA, no_foreign_pickles
 from astro_hpc.run.files import atomic_dir
 
 
 def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: Path) -> None:
     """Set the weights of this rank's model chunks from a Hugging Face folder, cast to the model's dtype.
 
+    A folder that `convert import` made is one too, with Megatron's files for weights: a rank reads from it only what
+    it needs.
+
     Raises:
         ConfigError: tensors are missing, unknown, damaged or of the wrong shape.
     """
+    if (Path(hf_dir) / METADATA).is_file():
+        load_megatron(model_chunks, hf_dir)
+        return
     shape = LlamaShape.from_hf(hf_dir)
     tensors = HFTensors(hf_dir)
     tensors.check(shape)
@@ -45,6 +56,44 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: Path) -> None:
                 parameter.copy_(split(mapping, whole, rank, size))
     if parameters:
         raise AssertionError(f"parameters without a Hugging Face tensor: {sorted(parameters)}")
+
+
+def load_megatron(model_chunks: Sequence[torch.nn.Module], folder: Path, reference_dir: Path | None = None) -> None:
+    """Set the weights of this rank's model chunks from a Megatron checkpoint of any parallel sizes, by Megatron.
+
+    Its optimizer state, if it has one, is left alone. FP8 state that one layer spec keeps and the other doesn't is
+    not asked for.
+
+    Args:
+        reference_dir: where config.json is; by default `folder`.
+
+    Raises:
+        ConfigError: not a whole checkpoint of this model.
+    """
+    source = MegatronTensors(folder)
+    source.check(LlamaShape.from_hf(reference_dir or folder))
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    with megatron_device(), no_foreign_pickles(Path(folder)):
+        state = {}
+        for number, chunk in enumerate(model_chunks):
+            wanted = unwrap(chunk).sharded_state_dict(metadata=metadata)
+            state[f"model{number}"] = {
+                name: value
+                for name, value in wanted.items()
+                if not isinstance(value, ShardedObject) or value.unique_key in source.objects
+            }
+        loaded = dist_checkpointing.load(state, str(folder))
+        for number, chunk in enumerate(model_chunks):
+            missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
+            lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+            assert not lost, f"not loaded: {lost}"
+
+
+def unwrap(chunk: torch.nn.Module) -> Any:
+    """The GPTModel inside data parallelism's wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
 
 
 def named_hf_tensors(model_chunks: Sequence[torch.nn.Module], shape: LlamaShape) -> Iterator[tuple[str, torch.Tensor]]:
@@ -97,9 +146,7 @@ def named_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, list[
     """Parameters by whole-model local-spec name. A tied output layer on another stage is a second embedding."""
     found: dict[str, list[torch.Tensor]] = {}
     for chunk in model_chunks:
-        model = chunk
-        while hasattr(model, "module"):
-            model = model.module  # type: ignore[assignment]
+        model = unwrap(chunk)
         tied = model.share_embeddings_and_output_weights
         for name, parameter in model.named_parameters():
             name = local_name(name)

@@ -112,6 +112,10 @@ class HFTensors:
         found = {self._stored[name].dtype for name in names}
         return found.pop() if len(found) == 1 else None
 
+    def size(self, name: str) -> tuple[int, ...]:
+        """The size of the tensor `name`."""
+        return self._stored[name].size
+
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._stored[name]
         tensor = torch.empty(stored.size, dtype=stored.dtype)

@@ -43,9 +43,7 @@ def meta_rank(shape: LlamaShape, parallel: ParallelConfig, rank: int) -> Iterato
 
     if torch.distributed.is_initialized():
         raise AssertionError("a rank on the meta device needs a process without a process group")
-    torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=parallel.model_parallel_size
-    )
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.model_parallel_size)
     try:
         with megatron_device():
             parallel_state.initialize_model_parallel(

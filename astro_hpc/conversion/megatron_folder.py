@@ -1,0 +1,449 @@
+"""Megatron checkpoints as files: reading tensors in pieces, and writing them one file after another.
+
+A torch_dist folder is a `.metadata` pickle, which says what lies where, and `.distcp` files, in which each chunk of a
+tensor is a `torch.save` archive (a zip whose one large record is the raw elements). Writing goes through PyTorch's own
+`FileSystemWriter`: a planner that makes each chunk when its turn comes keeps one chunk in memory. Reading goes to the
+record itself, because `torch.load` takes a whole chunk into memory and overlooks altered bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import (
+    BytesStorageMetadata,
+    DefaultSavePlanner,
+    FileSystemWriter,
+    SavePlan,
+    TensorStorageMetadata,
+    WriteItem,
+)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from astro_hpc.config.base import ConfigError
+from astro_hpc.conversion.hf_folder import as_bytes, read_into
+from astro_hpc.conversion.names import Mapping, checkpoint_key, extra_state_keys, mappings, megatron_size
+from astro_hpc.model.llama import LlamaShape
+from astro_hpc.model.torch_dist import MARKER, damage, read_metadata
+
+PIECE_BYTES = 64 << 20
+"""Of a tensor that are in memory at once, in reading and in writing."""
+RECORD = "conversion.json"
+"""What an import writes beside the tensors: where they came from, and each chunk's CRC-32."""
+_TRAINING_KEYS = ("optimizer.", "chained_", "rng", "rerun_state_machine")
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: lengths of name and extra field at the end
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A block of a matrix in a file; stacked layers are already chosen from."""
+
+    index: str
+    """Names the chunk in messages and in the record."""
+    file: Path
+    start: int
+    """Of its archive in the file."""
+    length: int
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+class MegatronTensors:
+    """The model's tensors in a torch_dist folder: an import, or a training checkpoint of any parallel sizes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the metadata.
+
+        Raises:
+            ConfigError: not a whole checkpoint.
+        """
+        self.folder = Path(folder)
+        if (self.folder / MARKER).exists() and (reason := damage(self.folder)):
+            raise ConfigError(f"{self.folder}: {reason}; make the checkpoint again")
+        metadata = read_metadata(self.folder)
+        self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self.objects = {k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)}
+        self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        for info in self._where.values():
+            if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
+                raise ConfigError(f"{self.folder}: the metadata names {info.relative_path}, which is not a file of it")
+        self._crcs: dict[str, int] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            self._crcs = dict(json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["crc32"])
+
+    def check(self, shape: LlamaShape) -> None:
+        """Compare keys and sizes with the model's.
+
+        Raises:
+            ConfigError: a tensor is missing, unknown or of another size; it is named.
+        """
+        wanted: dict[str, tuple[int, ...]] = {}
+        for mapping in mappings(shape):
+            key, layer = checkpoint_key(mapping.megatron)
+            if key not in self._tensors:
+                raise ConfigError(f"{self.folder}: the checkpoint lacks {key}; it is not of this model")
+            padded = self._tensors[key].size[0] if mapping.layout == "vocab" else 0
+            size = megatron_size(mapping, shape, padded)
+            wanted[key] = size if layer is None else (shape.num_layers, *size)
+            if padded and padded < shape.vocab_size:
+                raise ConfigError(f"{self.folder}: {key} has {padded} rows, the vocabulary {shape.vocab_size}")
+        for key, found in self._tensors.items():
+            if key.startswith(_TRAINING_KEYS):
+                continue
+            if key not in wanted:
+                raise ConfigError(f"{self.folder}: the checkpoint has an unknown tensor {key}; it is not of this model")
+            if tuple(found.size) != wanted[key]:
+                raise ConfigError(f"{self.folder}: {key} has shape {tuple(found.size)}, not {wanted[key]}")
+
+    def dtype(self, shape: LlamaShape) -> torch.dtype | None:
+        """The one dtype of the model's weights; None when they differ."""
+        found = {self._tensors[checkpoint_key(row.megatron)[0]].properties.dtype for row in mappings(shape)}
+        return found.pop() if len(found) == 1 else None
+
+    def rows(self, mapping: Mapping) -> int:
+        """Rows of the Megatron tensor, a vocabulary's padding included."""
+        key, layer = checkpoint_key(mapping.megatron)
+        return int(self._tensors[key].size[0 if layer is None else 1])
+
+    def pieces(self, mapping: Mapping, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
+        """Yield the Megatron tensor's rows in order, some at a time: [rows, ...], in its own dtype.
+
+        Raises:
+            ConfigError: a file is missing, cut or damaged; it is named.
+        """
+        key, layer = checkpoint_key(mapping.megatron)
+        found = self._tensors[key]
+        size = tuple(found.size) if layer is None else tuple(found.size[1:])
+        dtype = found.properties.dtype
+        rows, columns = size[0], torch.Size(size[1:]).numel()
+        chunks = [(chunk, _Archive(chunk, dtype)) for chunk in self._chunks(key, layer)]
+        step = max(1, piece_bytes // (columns * dtype.itemsize))
+        for first in range(0, rows, step):
+            last = min(rows, first + step)
+            piece = torch.empty(last - first, columns, dtype=dtype)
+            filled = 0
+            for chunk, archive in chunks:
+                low, high = max(first, chunk.row), min(last, chunk.row + chunk.rows)
+                if low >= high:
+                    continue
+                target = piece[low - first : high - first, chunk.column : chunk.column + chunk.columns]
+                block = target if target.is_contiguous() else torch.empty(target.shape, dtype=dtype)
+                archive.read_next(block)
+                if block is not target:
+                    target.copy_(block)
+                filled += block.numel()
+            if filled != piece.numel():
+                raise ConfigError(f"{self.folder}: the chunks of {key} don't make the whole tensor")
+            yield piece.view(last - first, *size[1:])
+        for chunk, archive in chunks:
+            archive.check(self._crcs.get(chunk.index))
+
+    def whole(self, mapping: Mapping) -> torch.Tensor:
+        """The whole Megatron tensor."""
+        pieces = list(self.pieces(mapping))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def region(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A block of the tensor `key` as a rank that loads it would read it; one layer of stacked ones.
+
+        Rows beyond the tensor's end (a vocabulary padded further) are zeros.
+        """
+        found = self._tensors[key]
+        layered = key.startswith("decoder.layers.")
+        layer, skip = (offsets[0], 1) if layered else (None, 0)
+        dtype = found.properties.dtype
+        inner, inner_sizes = offsets[skip:], sizes[skip:]
+        row, rows = inner[0], inner_sizes[0]
+        column, columns = (inner[1], inner_sizes[1]) if len(inner) > 1 else (0, 1)
+        out = torch.zeros(rows, columns, dtype=dtype)
+        for chunk in self._chunks(key, layer):
+            low, high = max(row, chunk.row), min(row + rows, chunk.row + chunk.rows)
+            left, right = max(column, chunk.column), min(column + columns, chunk.column + chunk.columns)
+            if low >= high or left >= right:
+                continue
+            block = torch.empty(high - low, chunk.columns, dtype=dtype)
+            archive = _Archive(chunk, dtype)
+            archive.skip(low - chunk.row)
+            archive.read_next(block)
+            source = block[:, left - chunk.column : right - chunk.column]
+            out[low - row : high - row, left - column : right - column] = source
+        return out.view(inner_sizes)
+
+    def _chunks(self, key: str, layer: int | None) -> list[_Chunk]:
+        found = []
+        for chunk in self._tensors[key].chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if layer is not None:
+                if offsets[0] != layer:
+                    continue
+                if sizes[0] != 1:
+                    raise ConfigError(f"{self.folder}: {key} stores {sizes[0]} layers in one chunk; one is expected")
+                offsets, sizes = offsets[1:], sizes[1:]
+            info = self._where.get(MetadataIndex(key, chunk.offsets))
+            if info is None:
+                raise ConfigError(f"{self.folder}: the metadata doesn't say where {key} at {offsets} is")
+            found.append(
+                _Chunk(
+                    chunk_index(key, chunk.offsets),
+                    self.folder / info.relative_path,
+                    info.offset,
+                    info.length,
+                    row=offsets[0],
+                    column=offsets[1] if len(offsets) > 1 else 0,
+                    rows=sizes[0],
+                    columns=sizes[1] if len(sizes) > 1 else 1,
+                )
+            )
+        return found
+
+
+def chunk_index(key: str, offsets: Any) -> str:
+    """How messages and the record name a chunk."""
+    return f"{key}@{','.join(map(str, offsets))}"
+
+
+class _Archive:
+    """Reads the rows of one chunk in order, straight from its `torch.save` archive."""
+
+    def __init__(self, chunk: _Chunk, dtype: torch.dtype) -> None:
+        self._chunk, self._row_bytes = chunk, chunk.columns * dtype.itemsize
+        self._position, self._crc, self._read = 0, 0, 0
+        try:
+            self._open(chunk, dtype)
+        except ConfigError:
+            raise
+        except Exception as error:  # damaged archives raise nearly anything
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{chunk.file}: {chunk.index} is damaged ({text}); restore the file") from None
+
+    def _open(self, chunk: _Chunk, dtype: torch.dtype) -> None:
+        with open(chunk.file, "rb", buffering=0) as handle:
+            view = _View(handle, chunk.start, chunk.length)
+            with zipfile.ZipFile(view) as archive:
+                records = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
+            view.seek(0)
+            stored = torch.load(view, map_location="meta", weights_only=True)  # its layout; elements are not read
+            (record,) = records
+            rows = chunk.rows * self._row_bytes
+            if stored.dtype != dtype or not stored.is_contiguous() or record.file_size != rows or record.compress_type:
+                raise ConfigError(f"{chunk.file}: {chunk.index} isn't stored as the metadata says; restore the file")
+            view.seek(record.header_offset)
+            name, extra = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))
+            self._start = chunk.start + record.header_offset + _LOCAL_HEADER.size + name + extra
+            self._stored_crc = record.CRC
+
+    def skip(self, rows: int) -> None:
+        """Go on `rows` further down."""
+        self._position += rows * self._row_bytes
+
+    def read_next(self, block: torch.Tensor) -> None:
+        """Fill `block` with the next rows."""
+        with open(self._chunk.file, "rb", buffering=0) as handle:
+            handle.seek(self._start + self._position)
+            read_into(handle, block, f"{self._chunk.file}: {self._chunk.index}")
+        self._position += block.nbytes
+        self._crc = zlib.crc32(as_bytes(block), self._crc)
+
+    def check(self, recorded: int | None) -> None:
+        """Compare the checksum of all rows with the recorded one, or the archive's (0: it has none)."""
+        expected = self._stored_crc if recorded is None else recorded
+        if expected and self._crc != expected:
+            raise ConfigError(
+                f"{self._chunk.file}: {self._chunk.index} is damaged (its CRC-32 differs); restore the file"
+            )
+
+
+class _View(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, handle: io.RawIOBase, start: int, length: int) -> None:
+        self._handle, self._start, self._length, self._position = handle, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._length - self._position))
+        self._handle.seek(self._start + self._position)
+        count = self._handle.readinto(memoryview(buffer)[:wanted]) or 0
+        self._position += count
+        return count
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Rows of one Megatron tensor that are stored together."""
+
+    mapping: Mapping
+    key: str
+    layer: int | None
+    size: tuple[int, ...]
+    """Of the whole tensor, its layer chosen."""
+    row: int
+    rows: int
+
+
+class MegatronPlan:
+    """Which rows of which tensors go into which file of a new torch_dist folder."""
+
+    def __init__(
+        self, shape: LlamaShape, padded: int, dtype: torch.dtype, file_bytes: int, piece_bytes: int = PIECE_BYTES
+    ) -> None:
+        """Chunks of at most `piece_bytes`, in files of about `file_bytes`.
+
+        Chunks are equal rows where rows divide so, a power of two in number, so that most tensor-parallel ranks
+        that load the folder read nothing twice.
+        """
+        self.dtype = dtype
+        self.files: list[list[ChunkPlan]] = [[]]
+        filled = 0
+        for mapping in mappings(shape):
+            key, layer = checkpoint_key(mapping.megatron)
+            size = megatron_size(mapping, shape, padded)
+            row_bytes = torch.Size(size[1:]).numel() * dtype.itemsize
+            step = _rows_per_chunk(size[0], row_bytes, piece_bytes)
+            for row in range(0, size[0], step):
+                chunk = ChunkPlan(mapping, key, layer, size, row, min(step, size[0] - row))
+                if self.files[-1] and filled + chunk.rows * row_bytes > file_bytes:
+                    self.files.append([])
+                    filled = 0
+                self.files[-1].append(chunk)
+                filled += chunk.rows * row_bytes
+        plans = [SavePlan([_write_item(chunk, shape, dtype) for chunk in chunks]) for chunks in self.files]
+        plans[-1].items.extend(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_state_keys(shape))
+        self.plans, self.metadata = create_default_global_save_plan(plans)
+
+    def num_bytes(self, number: int) -> int:
+        """Of the elements in file `number`."""
+        return (
+            sum(chunk.rows * torch.Size(chunk.size[1:]).numel() for chunk in self.files[number]) * self.dtype.itemsize
+        )
+
+    def write_file(self, folder: Path, number: int, make: Callable[[ChunkPlan], torch.Tensor]) -> list[list[Any]]:
+        """Write file `number` and wait until it is on disk.
+
+        Args:
+            make: gives the rows of a chunk, contiguous, when its turn comes.
+
+        Returns:
+            JSON values for `finish`: key, offsets or None, position in the file and CRC-32 of each item.
+        """
+        planner = _LazyPlanner(self.plans[number].items, self.files[number], make)
+        writer = _writer(folder)
+        plan = writer.prepare_global_plan(self.plans)[number]
+        written: list[WriteResult] = writer.write_data(plan, planner).wait()
+        return [
+            [
+                result.index.fqn,
+                None if result.index.offset is None else list(result.index.offset),
+                result.storage_data.relative_path,
+                result.storage_data.offset,
+                result.storage_data.length,
+                planner.crcs.get(result.index),
+            ]
+            for result in written
+        ]
+
+    def finish(self, folder: Path, written: list[list[list[Any]]]) -> dict[str, int]:
+        """Write the metadata from what `write_file` returned for each file; returns the chunks' CRC-32s."""
+        results, crcs = [], {}
+        for rows in written:
+            for key, offsets, file, start, length, crc in rows:
+                index = MetadataIndex(key, offsets)
+                results.append(WriteResult(index, length, _StorageInfo(file, start, length)))
+                if crc is not None:
+                    crcs[chunk_index(key, offsets)] = crc
+        _writer(folder).finish(self.metadata, [results])
+        return crcs
+
+
+def _rows_per_chunk(rows: int, row_bytes: int, piece_bytes: int) -> int:
+    count = 1
+    while count * piece_bytes < rows * row_bytes and count < rows:
+        count *= 2
+    return -(-rows // count)
+
+
+def _write_item(chunk: ChunkPlan, shape: LlamaShape, dtype: torch.dtype) -> WriteItem:
+    offsets = (chunk.row, *(0 for _ in chunk.size[1:]))
+    sizes, whole = (chunk.rows, *chunk.size[1:]), chunk.size
+    if chunk.layer is not None:
+        offsets, sizes, whole = (chunk.layer, *offsets), (1, *sizes), (shape.num_layers, *whole)
+    data = TensorWriteData(
+        ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)), TensorProperties(dtype), torch.Size(whole)
+    )
+    return WriteItem(MetadataIndex(chunk.key, offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing: the default is the folder's path, which the folder need not keep."""
+
+
+def _writer(folder: Path) -> FileSystemWriter:
+    # One thread and no copying ahead: a chunk is made, written and dropped before the next.
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+    writer.set_up_storage_writer(is_coordinator=True)
+    return writer
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Makes what is to be written when the writer asks for it."""
+
+    def __init__(
+        self, items: list[WriteItem], chunks: list[ChunkPlan], make: Callable[[ChunkPlan], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self._chunks = {item.index: chunk for item, chunk in zip(items, chunks, strict=False)}
+        self._make = make
+        self.crcs: dict[MetadataIndex, int] = {}
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            buffer = io.BytesIO()
+            torch.save([None], buffer)  # one object: no FP8 state
+            return buffer
+        tensor = self._make(self._chunks[write_item.index])
+        self.crcs[write_item.index] = zlib.crc32(as_bytes(tensor))
+        assert write_item.tensor_data is not None
+        return tensor.view(write_item.tensor_data.chunk.sizes)
+
+
+@contextlib.contextmanager
+def without_slow_crc() -> Iterator[None]:
+    """Within the block `torch.save` leaves out its own CRC-32, which is ten times slower than zlib's."""
+    from torch.serialization import get_crc32_options, set_crc32_options
+
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
