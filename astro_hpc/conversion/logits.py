@@ -84,7 +84,9 @@ def _token_ids(hf_dir: Path, shape: LlamaShape, prompts: Sequence[str]) -> list[
 def _hf_logits(hf_dir: Path, ids: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
     """[tokens, vocabulary] float32 of each prompt."""
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(hf_dir, dtype=dtype).float().eval()
     return [model(torch.tensor([prompt])).logits[0].float() for prompt in ids]
 

@@ -222,8 +222,10 @@ def newest(folder: Path) -> Path:
     """`folder`, or the checkpoint that its `latest` names.
 
     Raises:
-        ConfigError: `latest` names something that is not there.
+        ConfigError: there is no such folder, or `latest` names something that is not there.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give what `convert import` made, or a checkpoint of a run")
     latest = folder / "latest"
     if not latest.is_file():
         return folder

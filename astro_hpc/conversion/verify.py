@@ -320,6 +320,7 @@ def _check_logits(
         found = compare_logits(hf_dir, megatron_dir, shape, prompts)
         if not found.within:
             raise _Failed(f"they differ by up to {found.difference:.2g} at logits of up to {found.largest:.3g}")
-        return f"logits within {found.difference:.1g} on {found.tokens} tokens of {found.prompts} prompts"
+        how = f"within {found.difference:.1g}" if found.difference else "equal"
+        return f"logits {how} on {found.tokens} tokens of {found.prompts} prompts"
 
     certificate.run("logits", check)
