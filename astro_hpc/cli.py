@@ -209,13 +209,19 @@ MegatronFolder = Annotated[
 
 @convert.command("import")
 def convert_import(
-    hf_model: HFModel, out: NewFolder, dtype: Dtype = "auto", workers: Workers = 2, overwrite: Overwrite = False
+    hf_model: HFModel,
+    out: NewFolder,
+    dtype: Dtype = "auto",
+    file_gb: Annotated[float, typer.Option(min=0.001, help="Size in GB of a file; a kill loses at most one.")] = 2.0,
+    workers: Workers = 4,
+    overwrite: Overwrite = False,
 ) -> None:
     """A Hugging Face folder -> a Megatron checkpoint for any parallel sizes."""
     from astro_hpc.conversion.embedded import resolve_model
     from astro_hpc.conversion.offline import import_hf
 
-    print(import_hf(resolve_model(hf_model), out, dtype=dtype, workers=workers, overwrite=overwrite))
+    source, file_bytes = resolve_model(hf_model), round(file_gb * 1e9)
+    print(import_hf(source, out, dtype=dtype, workers=workers, overwrite=overwrite, file_bytes=file_bytes))
 
 
 @convert.command("export")
@@ -228,7 +234,7 @@ def convert_export(
     ] = None,
     dtype: Dtype = "auto",
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Size in GB at which weights files are split.")] = 5.0,
-    workers: Workers = 2,
+    workers: Workers = 4,
     overwrite: Overwrite = False,
 ) -> None:
     """A Megatron checkpoint -> a Hugging Face folder that transformers and vLLM load."""
@@ -259,7 +265,7 @@ def convert_verify(
     logits: Annotated[
         str, typer.Option(help="Compare logits: auto (when the model fits in memory), on, off.")
     ] = "auto",
-    workers: Workers = 2,
+    workers: Workers = 4,
     certificate: Annotated[
         Path | None, typer.Option(help="Where to write the certificate; by default MEGATRON_DIR/certificate.json.")
     ] = None,

@@ -1,16 +1,17 @@
 """Speed and peak memory of `convert import` and `convert export` against `cp` of the same files.
 
-    python tools/bench_convert.py [--layers 3] [--workers 2] [--folder FOLDER] [--small] [--json]
+    python tools/bench_convert.py [--layers 2] [--workers 4] [--folder FOLDER] [--small] [--json]
 
-Makes a random bfloat16 checkpoint of Llama-3.1-70B's widths (hidden 8192, MLP 28672, vocabulary 128256) with few layers
-in a temporary folder, which is removed afterwards; 3 layers are 9.3 GB, and four times that must be free. A run is
-`sync`, then the clock until the last byte is on disk: for cp, cp and fsync of every file it wrote; for a conversion, its
-own fsyncs, without the start of the interpreter (given apart). Memory is the process's high-water mark, imports included.
+Makes a random bfloat16 checkpoint of Llama-3.1-70B's widths (hidden 8192, MLP 28672, vocabulary 128256) with few
+layers in a temporary folder, which is removed afterwards; 2 layers are 7.6 GB, and four times that must be free. A run
+is `sync`, then the clock until the last byte is on disk: for cp, cp and fsync of every file it wrote; for a conversion,
+its own fsyncs, without the start of the interpreter (given apart). Memory is the process's high-water mark.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ import torch
 from astro_hpc.conversion.hf_folder import SHARD_BYTES, SafetensorsFile, finish_hf_folder, plan_shards, shard_name
 from astro_hpc.conversion.megatron_folder import PIECE_BYTES
 from astro_hpc.conversion.names import hf_shapes
-from astro_hpc.conversion.offline import FILE_BYTES, export_hf, import_hf
+from astro_hpc.conversion.offline import FILE_BYTES, WORKERS, export_hf, import_hf
 from astro_hpc.model.llama import LlamaShape
 
 _GIB = 1 << 30
@@ -57,8 +58,8 @@ _SMALLER = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made; by default the system's")
     parser.add_argument("--small", action="store_true", help="an eighth of the widths: 100 MB, seconds")
     parser.add_argument("--json", action="store_true")
@@ -96,7 +97,7 @@ def measure(layers: int, workers: int, folder: Path | None, small: bool) -> dict
         result["import"] = _against_cp(root, "hf", {"do": "import", "from": "hf", "to": "megatron", **sizes})
         sizes = {"shard_bytes": SHARD_BYTES // scale, "workers": workers}
         result["export"] = _against_cp(root, "megatron", {"do": "export", "from": "megatron", "to": "back", **sizes})
-        same = all((root / "back" / p.name).read_bytes() == p.read_bytes() for p in root.glob("hf/*.safetensors"))
+        same = all(filecmp.cmp(root / "back" / p.name, p, shallow=False) for p in root.glob("hf/*.safetensors"))
         result["round_trip_equal"] = same
     # A process that has only imported torch and Megatron has used a fixed amount, which doesn't scale down.
     kind = "memory_added" if small else "memory_peak"
@@ -169,7 +170,7 @@ def _time_cp(root: Path, files: list[Path]) -> float:
 def _convert_and_report(job: dict[str, Any]) -> None:
     """In a process of its own: one conversion; prints seconds, and bytes of memory before it and at most."""
     source, target = Path(job.pop("from")), Path(job.pop("to"))
-    convert = {"import": import_hf, "export": export_hf}[job.pop("do")]
+    convert: Any = {"import": import_hf, "export": export_hf}[job.pop("do")]
     base = _high_water_mark()
     started = time.perf_counter()
     convert(source, target, **job)

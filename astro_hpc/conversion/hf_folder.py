@@ -156,7 +156,7 @@ def as_bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def read_into(handle: BinaryIO | Any, tensor: torch.Tensor, what: str) -> None:
+def read_into(handle: Any, tensor: torch.Tensor, what: str) -> None:
     """Fill a contiguous tensor from an unbuffered file.
 
     Raises:
@@ -203,21 +203,34 @@ def _read_header(path: Path) -> dict[str, Stored]:
 
 
 def plan_shards(shape: LlamaShape, itemsize: int, shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
-    """Names and sizes of each weights file: consecutive tensors of at most `shard_bytes` in all.
+    """Names and sizes of each weights file: consecutive tensors of at most `shard_bytes` in all, about equal files.
 
     Tensors that are one in Megatron stay in one file; a larger one is alone.
     """
     sizes = hf_shapes(shape)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    groups = [{name: sizes[name] for name in mapping.hf} for mapping in mappings(shape)]
+    bytes_of = [itemsize * sum(torch.Size(size).numel() for size in group.values()) for group in groups]
+    fewest = len(_cut(bytes_of, shard_bytes))
+    for percent in range(100, 200, 5):
+        limit = min(shard_bytes, sum(bytes_of) * percent // (100 * fewest))
+        if len(cuts := _cut(bytes_of, limit)) <= fewest:
+            break
+    else:
+        cuts = _cut(bytes_of, shard_bytes)
+    return [{name: size for i in cut for name, size in groups[i].items()} for cut in cuts]
+
+
+def _cut(sizes: list[int], limit: int) -> list[list[int]]:
+    """Consecutive indices whose sizes add up to at most `limit`; a larger one is alone."""
+    cuts: list[list[int]] = [[]]
     filled = 0
-    for mapping in mappings(shape):
-        need = itemsize * sum(torch.Size(sizes[name]).numel() for name in mapping.hf)
-        if shards[-1] and filled + need > shard_bytes:
-            shards.append({})
+    for i, size in enumerate(sizes):
+        if cuts[-1] and filled + size > limit:
+            cuts.append([])
             filled = 0
-        shards[-1] |= {name: sizes[name] for name in mapping.hf}
-        filled += need
-    return shards
+        cuts[-1].append(i)
+        filled += size
+    return cuts
 
 
 def shard_name(number: int, count: int) -> str:

@@ -124,6 +124,8 @@ class MegatronTensors:
     def pieces(self, mapping: Mapping, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
         """Yield the Megatron tensor's rows in order, some at a time: [rows, ...], in its own dtype.
 
+        A piece is good until the next is asked for: they share memory.
+
         Raises:
             ConfigError: a file is missing, cut or damaged; it is named.
         """
@@ -134,9 +136,10 @@ class MegatronTensors:
         rows, columns = size[0], torch.Size(size[1:]).numel()
         chunks = [(chunk, _Archive(chunk, dtype)) for chunk in self._chunks(key, layer)]
         step = max(1, piece_bytes // (columns * dtype.itemsize))
+        buffer = torch.empty(min(rows, step), columns, dtype=dtype)
         for first in range(0, rows, step):
             last = min(rows, first + step)
-            piece = torch.empty(last - first, columns, dtype=dtype)
+            piece = buffer[: last - first]
             filled = 0
             for chunk, archive in chunks:
                 low, high = max(first, chunk.row), min(last, chunk.row + chunk.rows)
@@ -156,8 +159,15 @@ class MegatronTensors:
 
     def whole(self, mapping: Mapping) -> torch.Tensor:
         """The whole Megatron tensor."""
-        pieces = list(self.pieces(mapping))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        found = None
+        row = 0
+        for piece in self.pieces(mapping):
+            if found is None:
+                found = piece.new_empty(self.rows(mapping), *piece.shape[1:])
+            found[row : row + piece.shape[0]] = piece
+            row += piece.shape[0]
+        assert found is not None
+        return found
 
     def region(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """A block of the tensor `key` as a rank that loads it would read it; one layer of stacked ones.
@@ -346,16 +356,16 @@ class MegatronPlan:
             sum(chunk.rows * torch.Size(chunk.size[1:]).numel() for chunk in self.files[number]) * self.dtype.itemsize
         )
 
-    def write_file(self, folder: Path, number: int, make: Callable[[ChunkPlan], torch.Tensor]) -> list[list[Any]]:
+    def write_file(self, folder: Path, number: int, fill: Callable[[ChunkPlan, torch.Tensor], None]) -> list[list[Any]]:
         """Write file `number` and wait until it is on disk.
 
         Args:
-            make: gives the rows of a chunk, contiguous, when its turn comes.
+            fill: sets the rows of a chunk, given a contiguous tensor for them, when its turn comes.
 
         Returns:
             JSON values for `finish`: key, offsets or None, position in the file and CRC-32 of each item.
         """
-        planner = _LazyPlanner(self.plans[number].items, self.files[number], make)
+        planner = _LazyPlanner(self.plans[number].items, self.files[number], self.dtype, fill)
         writer = _writer(folder)
         plan = writer.prepare_global_plan(self.plans)[number]
         written: list[WriteResult] = writer.write_data(plan, planner).wait()
@@ -415,14 +425,19 @@ def _writer(folder: Path) -> FileSystemWriter:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Makes what is to be written when the writer asks for it."""
+    """Makes what is to be written when the writer asks for it, in the memory of what was written before."""
 
     def __init__(
-        self, items: list[WriteItem], chunks: list[ChunkPlan], make: Callable[[ChunkPlan], torch.Tensor]
+        self,
+        items: list[WriteItem],
+        chunks: list[ChunkPlan],
+        dtype: torch.dtype,
+        fill: Callable[[ChunkPlan, torch.Tensor], None],
     ) -> None:
         super().__init__()
         self._chunks = {item.index: chunk for item, chunk in zip(items, chunks, strict=False)}
-        self._make = make
+        self._dtype, self._fill = dtype, fill
+        self._last = torch.empty(0, dtype=dtype)
         self.crcs: dict[MetadataIndex, int] = {}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -430,7 +445,13 @@ class _LazyPlanner(DefaultSavePlanner):
             buffer = io.BytesIO()
             torch.save([None], buffer)  # one object: no FP8 state
             return buffer
-        tensor = self._make(self._chunks[write_item.index])
+        chunk = self._chunks[write_item.index]
+        size = (chunk.rows, *chunk.size[1:])
+        # Of exactly the size: the writer copies a tensor that is part of a larger one.
+        if self._last.numel() != torch.Size(size).numel():
+            self._last = torch.empty(size, dtype=self._dtype)
+        tensor = self._last.view(size)
+        self._fill(chunk, tensor)
         self.crcs[write_item.index] = zlib.crc32(as_bytes(tensor))
         assert write_item.tensor_data is not None
         return tensor.view(write_item.tensor_data.chunk.sizes)

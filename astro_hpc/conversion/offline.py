@@ -42,6 +42,8 @@ from astro_hpc.model.parallel import padded_vocab_size
 from astro_hpc.model.torch_dist import MARKER, METADATA
 from astro_hpc.run.files import write_json_atomic
 
+WORKERS = 4
+"""More than cores: while one waits for the disk another goes on."""
 FILE_BYTES = 2 * 10**9
 """Of a torch_dist file: what a killed import may have to do again."""
 _FORMAT = 1
@@ -53,7 +55,7 @@ def import_hf(
     out_dir: Path,
     *,
     dtype: str = "auto",
-    workers: int = 2,
+    workers: int = WORKERS,
     overwrite: bool = False,
     file_bytes: int = FILE_BYTES,
     piece_bytes: int = PIECE_BYTES,
@@ -83,12 +85,11 @@ def import_hf(
     identity = _identity(hf_dir, [hf_dir / name for name in source.files], target_dtype, file_bytes, piece_bytes)
 
     def convert(number: int, step: Callable[[int], None]) -> tuple[str, Any]:
-        def make(chunk: ChunkPlan) -> torch.Tensor:
-            tensor = hf_rows(source, chunk.mapping, shape, chunk.row, chunk.rows, chunk.size[1:], target_dtype)
-            step(tensor.nbytes)
-            return tensor
+        def fill(chunk: ChunkPlan, out: torch.Tensor) -> None:
+            read_megatron_rows(source, chunk.mapping, shape, chunk.row, out)
+            step(out.nbytes)
 
-        written = plan.write_file(work.path, number, make)
+        written = plan.write_file(work.path, number, fill)
         return written[0][2], written
 
     with exclusive(out_dir):
@@ -124,22 +125,9 @@ def import_hf(
     return out_dir
 
 
-def hf_rows(
-    source: HFTensors,
-    mapping: Mapping,
-    shape: LlamaShape,
-    row: int,
-    rows: int,
-    inner: tuple[int, ...],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Rows [row, row + rows) of the Megatron tensor of `mapping`, read from Hugging Face files; padding is zero.
-
-    Args:
-        inner: the tensor's size without its rows.
-    """
-    out = torch.empty(rows, *inner, dtype=dtype)
-    filled = 0
+def read_megatron_rows(source: HFTensors, mapping: Mapping, shape: LlamaShape, row: int, out: torch.Tensor) -> None:
+    """Fill the contiguous `out` with the Megatron tensor's rows from `row` on; a vocabulary's padding is zero."""
+    rows, filled = out.shape[0], 0
     for block in row_blocks(mapping, shape):
         low, high = max(row, block.megatron_row), min(row + rows, block.megatron_row + block.rows)
         if low < high:
@@ -147,7 +135,6 @@ def hf_rows(
             source.read_rows(mapping.hf[block.part], first, out[low - row : high - row])
             filled = high - row
     out[filled:].zero_()
-    return out
 
 
 def export_hf(
@@ -156,7 +143,7 @@ def export_hf(
     *,
     reference: Path | None = None,
     dtype: str = "auto",
-    workers: int = 2,
+    workers: int = WORKERS,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:

@@ -19,7 +19,7 @@ from astro_hpc.conversion.hf_folder import COMPANIONS, HFTensors, as_bytes
 from astro_hpc.conversion.logits import compare_logits, why_too_large
 from astro_hpc.conversion.megatron_folder import PIECE_BYTES, MegatronTensors
 from astro_hpc.conversion.names import Mapping, checkpoint_key, hf_size, mappings, to_hf
-from astro_hpc.conversion.offline import hf_rows, newest
+from astro_hpc.conversion.offline import WORKERS, newest, read_megatron_rows
 from astro_hpc.conversion.proof import model_ranks, prove_shapes
 from astro_hpc.model.cpu import on_cpu
 from astro_hpc.model.llama import LlamaShape, transformer_config
@@ -70,7 +70,7 @@ def verify(
     exported: Path | None = None,
     prompts: Sequence[str] = (),
     logits: str = "auto",
-    workers: int = 2,
+    workers: int = WORKERS,
 ) -> tuple[Certificate, dict[str, Any]]:
     """Compare a Hugging Face folder, the Megatron checkpoint made from it, and an export of that.
 
@@ -241,7 +241,8 @@ def _compare_parts(
         step = max(1, PIECE_BYTES // (torch.Size(whole_row).numel() * dtype.itemsize))
         for first in range(row, row + rows, step):
             count = min(step, row + rows - first)
-            expected = hf_rows(hf, mapping, shape, first, count, whole_row, dtype)
+            expected = torch.empty(count, *whole_row, dtype=dtype)
+            read_megatron_rows(hf, mapping, shape, first, expected)
             if column:
                 expected = expected[:, column[0] : column[0] + inner[0]]
             offsets = (*request.offsets[:skip], first, *column)
