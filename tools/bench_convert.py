@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made; by default the system's")
+    parser.add_argument("--source", type=Path, help="a bfloat16 Hugging Face folder to convert instead of making one")
+    parser.add_argument("--make", type=Path, help="only make the checkpoint, here, for a later --source")
     parser.add_argument("--small", action="store_true", help="an eighth of the widths: 100 MB, seconds")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -68,7 +70,10 @@ def main() -> None:
     if args.child:
         _convert_and_report(json.loads(args.child))
         return
-    result = measure(args.layers, args.workers, args.folder, args.small)
+    if args.make:
+        make_checkpoint(args.make, _config(args.layers, args.small), SHARD_BYTES)
+        return
+    result = measure(args.layers, args.workers, args.folder, args.small, args.source)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -77,11 +82,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def measure(layers: int, workers: int, folder: Path | None, small: bool) -> dict[str, Any]:
+def _config(layers: int, small: bool) -> dict[str, Any]:
+    return (_SMALL if small else _LLAMA_70B) | {"num_hidden_layers": layers}
+
+
+def measure(layers: int, workers: int, folder: Path | None, small: bool, source: Path | None) -> dict[str, Any]:
     """Make the checkpoint, convert it to Megatron and back, copy the same files with cp; returns the figures."""
     scale = _SMALLER if small else 1
-    config = (_SMALL if small else _LLAMA_70B) | {"num_hidden_layers": layers}
-    shape = LlamaShape.from_config(config)
+    shape = LlamaShape.from_hf(source) if source else LlamaShape.from_config(_config(layers, small))
     largest = 2 * max(torch.Size(size).numel() for size in [*hf_shapes(shape).values()])
     largest = max(largest, 4 * shape.ffn_hidden_size * shape.hidden_size)  # gate and up are one tensor in Megatron
     total = 2 * shape.num_parameters
@@ -90,9 +98,12 @@ def measure(layers: int, workers: int, folder: Path | None, small: bool) -> dict
         free = shutil.disk_usage(root).free
         if free < 4 * total + _GIB:
             sys.exit(f"{root}: {4 * total / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free; give --folder")
-        make_checkpoint(root / "hf", config, SHARD_BYTES // scale)
+        if source:
+            (root / "hf").symlink_to(source.resolve())
+        else:
+            make_checkpoint(root / "hf", _config(layers, small), SHARD_BYTES // scale)
         bound = 2 * largest + 10**9 // scale
-        result: dict[str, Any] = {"bytes": total, "layers": layers, "workers": workers, "memory_bound": bound}
+        result: dict[str, Any] = {"bytes": total, "layers": shape.num_layers, "workers": workers, "memory_bound": bound}
         sizes = {"piece_bytes": PIECE_BYTES // scale, "file_bytes": FILE_BYTES // scale, "workers": workers}
         result["import"] = _against_cp(root, "hf", {"do": "import", "from": "hf", "to": "megatron", **sizes})
         sizes = {"shard_bytes": SHARD_BYTES // scale, "workers": workers}
@@ -125,13 +136,16 @@ def make_checkpoint(folder: Path, config: dict[str, Any], shard_bytes: int) -> N
                     file.write(bits.view(torch.bfloat16))
                     left -= bits.numel()
         digests[path.name] = file.hexdigest()
-    (folder.parent / "config.json").write_text(json.dumps(config))
-    finish_hf_folder(folder, shards, digests, folder.parent, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as reference:
+        (Path(reference) / "config.json").write_text(json.dumps(config))
+        finish_hf_folder(folder, shards, digests, Path(reference), torch.bfloat16)
+    (folder / "manifest.json").unlink()  # as on a hub: there is none, so an import has nothing to compare with
 
 
 def _against_cp(root: Path, source: str, job: dict[str, Any]) -> dict[str, Any]:
     files = [path for path in (root / source).iterdir() if path.suffix in (".safetensors", ".distcp")]
     total = sum(path.stat().st_size for path in files)
+    subprocess.run(["cat", *map(str, files)], check=True, stdout=subprocess.DEVNULL)  # all read from a warm cache
     before = _time_cp(root, files)
     job = job | {"from": str(root / job["from"]), "to": str(root / job["to"])}
     os.sync()
