@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import TESTS, assert_same_weights, llama_config, run_jobs, write_model
+from convert_helpers import TESTS, all_weights, assert_same_weights, llama_config, run_jobs, write_model
 from tiny_models import make_llama
 
 from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from astro_hpc.conversion.hf import load_hf, named_hf_tensors
 from astro_hpc.conversion.megatron_folder import MegatronTensors
 from astro_hpc.conversion.offline import export_hf, import_hf
+from astro_hpc.model import build
 from astro_hpc.model.build import build_model
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import initialise_parallel
@@ -55,6 +56,22 @@ def test_a_live_model_loads_an_import(tmp_path: Path, tied: bool, dtype: str) ->
         models.append(dict(named_hf_tensors(chunks, shape)))
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[1][name], tensor) for name, tensor in models[0].items())
+
+
+def test_a_vocabulary_padded_further_than_the_imports_is_filled_with_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_llama(tmp_path / "hf", tied=False, llama3_rope=False)
+    made = import_hf(source, tmp_path / "megatron")
+    shape = LlamaShape.from_hf(made)
+    monkeypatch.setattr(build, "padded_vocab_size", lambda *_: 640)  # as with 5 tensor-parallel ranks
+    initialise_parallel(ParallelConfig(), seed=0)
+    chunks = build_model(shape, ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    load_hf(chunks, made)
+    assert chunks[0].output_layer.weight.shape[0] == 640
+    assert chunks[0].output_layer.weight[300:].count_nonzero() == 0
+    weights = all_weights(source)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in named_hf_tensors(chunks, shape))
 
 
 def test_a_training_checkpoint_is_exported_without_a_trainer(tmp_path: Path) -> None:

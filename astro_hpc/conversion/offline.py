@@ -286,5 +286,5 @@ def _is_done(out_dir: Path, record: str, identity: dict[str, Any], overwrite: bo
 
 
 def _left_to_write(work: WorkFolder, sizes: list[int]) -> int:
-    """Bytes of the files that are not finished, less what a half-written one has of its room already."""
+    """Bytes of the files that are not finished."""
     return sum(size for number, size in enumerate(sizes) if work.result(number) is None)

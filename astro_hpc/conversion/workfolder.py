@@ -33,11 +33,18 @@ class WorkFolder:
         """Go on with what a stopped conversion of the same plan left, else start anew; returns whether it went on."""
         with contextlib.suppress(OSError, ValueError):
             if json.loads((self.path / _PLAN).read_text(encoding="utf-8")) == self._plan:
+                self._remove_half_written()
                 return True
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
         write_json_atomic(self.path / _PLAN, self._plan)
         return False
+
+    def _remove_half_written(self) -> None:
+        finished = {json.loads(path.read_text(encoding="utf-8"))["file"] for path in self.path.glob(".done-*.json")}
+        for path in self.path.iterdir():
+            if path.name not in finished and path.name != _PLAN and not path.name.startswith(".done-"):
+                path.unlink()
 
     def result(self, number: int) -> Any:
         """What was recorded when file `number` was finished; None: it wasn't."""
