@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import TESTS, all_weights, assert_same_weights, llama_config, run_jobs, write_model
-from tiny_models import make_llama
+from tiny_models import make_llama, random_examples
 
 from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from astro_hpc.conversion.hf import load_hf, named_hf_tensors
 from astro_hpc.conversion.megatron_folder import MegatronTensors
 from astro_hpc.conversion.offline import export_hf, import_hf
 from astro_hpc.model import build
-from astro_hpc.model.build import build_model
+from astro_hpc.model.build import RMSNorm, build_model
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import initialise_parallel
+from astro_hpc.training.packing import pack_examples
 from astro_hpc.training.trainer import Trainer
 
 LLAMA_70B = llama_config(
@@ -98,6 +99,27 @@ def test_a_training_checkpoint_is_exported_without_a_trainer(tmp_path: Path) -> 
     )
     assert ended["code"] == 2
     assert f"{chunk.file}: embedding.word_embeddings.weight@0,0 is damaged" in ended["err"].splitlines()[-1]
+
+
+def test_checkpoints_load_where_more_modules_keep_extra_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Transformer Engine's norms do, which the local spec's don't."""
+    source = make_llama(tmp_path / "hf", tied=False, llama3_rope=True)
+    made = import_hf(source, tmp_path / "megatron")
+    settings = (ParallelConfig(), PrecisionConfig(dtype="fp32"), OptimizerConfig(lr=1e-3), 10)
+    trainer = Trainer(source, *settings, seed=0)
+    batch = pack_examples(random_examples(2, 300), "all")
+    trainer.train_step([batch], lambda logprobs, batch: (-logprobs.sum(), {}))  # the optimizer needs a state to save
+    trainer.save_checkpoint(tmp_path / "checkpoints", 7, {})
+    restored: list[Any] = []
+    monkeypatch.setattr(RMSNorm, "get_extra_state", lambda self: torch.empty(0, dtype=torch.uint8), raising=False)
+    monkeypatch.setattr(RMSNorm, "set_extra_state", lambda self, state: restored.append(state), raising=False)
+    other = Trainer(made, *settings, seed=0)
+    assert restored == [None] * 5
+    assert other.load_checkpoint(tmp_path / "checkpoints") == (7, {})
+    assert restored == [None] * 10
+    assert torch.equal(
+        other.chunks[0].module.decoder.final_layernorm.weight, trainer.chunks[0].module.decoder.final_layernorm.weight
+    )
 
 
 @pytest.mark.slow

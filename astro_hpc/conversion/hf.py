@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import parallel_state
 
 from astro_hpc.conversion.hf_folder import (
     SHARD_BYTES,
@@ -22,7 +21,7 @@ from astro_hpc.conversion.megatron_folder import MegatronTensors
 from astro_hpc.conversion.names import Mapping, join, local_name, mappings, split, to_hf, to_megatron
 from astro_hpc.model.cpu import megatron_device
 from astro_hpc.model.llama import LlamaShape
-from astro_hpc.model.torch_dist import METADATA, no_foreign_pickles
+from astro_hpc.model.torch_dist import METADATA, load_sharded
 from astro_hpc.run.files import atomic_dir
 
 
@@ -73,20 +72,12 @@ def load_megatron(model_chunks: Sequence[torch.nn.Module], folder: Path, referen
     source = MegatronTensors(folder)
     source.check(LlamaShape.from_hf(reference_dir or folder))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    with megatron_device(), no_foreign_pickles(Path(folder)):
-        state = {}
-        for number, chunk in enumerate(model_chunks):
-            wanted = unwrap(chunk).sharded_state_dict(metadata=metadata)
-            state[f"model{number}"] = {
-                name: value
-                for name, value in wanted.items()
-                if not isinstance(value, ShardedObject) or value.unique_key in source.objects
-            }
-        loaded = dist_checkpointing.load(state, str(folder))
-        for number, chunk in enumerate(model_chunks):
-            missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
-            lost = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
-            assert not lost, f"not loaded: {lost}"
+    models = {f"model{number}": unwrap(chunk) for number, chunk in enumerate(model_chunks)}
+    with megatron_device():
+        state = {key: model.sharded_state_dict(metadata=metadata) for key, model in models.items()}
+        loaded = load_sharded(Path(folder), state)
+        for key, model in models.items():
+            model.load_state_dict(loaded[key])
 
 
 def unwrap(chunk: torch.nn.Module) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
-    BytesStorageMetadata,
     DefaultSavePlanner,
     FileSystemWriter,
     SavePlan,
@@ -78,7 +77,6 @@ class MegatronTensors:
             raise ConfigError(f"{self.folder}: {reason}; make the checkpoint again")
         metadata = read_metadata(self.folder)
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self.objects = {k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)}
         self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         for info in self._where.values():
             if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:

@@ -61,6 +61,36 @@ def read_metadata(path: Path) -> Metadata:
     return found
 
 
+def load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Fill a sharded state dict, by Megatron, from a checkpoint that may have been saved with the other layer spec.
+
+    Each spec has modules that keep extra state (FP8 scales) where the other's have none. What the checkpoint lacks of
+    it is left out of the request and given as None, which every module takes for "nothing saved".
+
+    Raises:
+        ConfigError: not a checkpoint, or it holds objects that are not tensors or plain values.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    stored = read_metadata(path).state_dict_metadata
+    absent = [
+        (part, name)
+        for part, values in state.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if isinstance(value, ShardedObject) and str(name).endswith("_extra_state") and value.unique_key not in stored
+    ]
+    wanted = {part: dict(values) if isinstance(values, dict) else values for part, values in state.items()}
+    for part, name in absent:
+        del wanted[part][name]
+    with no_foreign_pickles(path):
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
+    for part, name in absent:
+        loaded[part][name] = None
+    return loaded
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

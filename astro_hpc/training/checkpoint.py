@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from astro_hpc.model.torch_dist import MARKER, damage, no_foreign_pickles, read_metadata
+from astro_hpc.model.torch_dist import MARKER, damage, load_sharded
 from astro_hpc.run.files import fsync_dir, write_json_atomic, write_text_atomic
 from astro_hpc.run.process import die_with_parent
 
@@ -221,10 +221,7 @@ def load(path: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the checkpoint holds objects that are not tensors or plain values.
     """
-    with no_foreign_pickles(path):
-        read_metadata(path)
-        loaded: dict[str, Any] = dist_checkpointing.load(sharded_state, str(path))
-    return loaded
+    return load_sharded(path, sharded_state)
 
 
 def _name(step: int) -> str:
