@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,10 @@ from astro_hpc.conversion.hf_folder import (
     plan_shards,
     shard_name,
 )
-from astro_hpc.conversion.megatron_folder import (
-    PIECE_BYTES,
-    RECORD,
-    ChunkPlan,
-    MegatronPlan,
-    MegatronTensors,
-    without_slow_crc,
-)
+from astro_hpc.conversion.megatron_folder import PIECE_BYTES, RECORD, MegatronTensors
+from astro_hpc.conversion.megatron_writer import ChunkPlan, MegatronPlan, without_slow_crc
 from astro_hpc.conversion.names import Mapping, hf_shapes, mappings, row_blocks, to_hf
-from astro_hpc.conversion.workfolder import WorkFolder, check_space, convert_files, exclusive
+from astro_hpc.conversion.workfolder import WorkFolder, convert_files, exclusive
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import padded_vocab_size
 from astro_hpc.model.torch_dist import MARKER, METADATA
@@ -95,12 +90,11 @@ def import_hf(
     with exclusive(out_dir):
         if _is_done(out_dir, RECORD, identity, overwrite):
             return out_dir
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(source.check_digests, source.files))
         work = WorkFolder(out_dir, identity)
-        work.begin()
         sizes = [plan.num_bytes(number) for number in range(len(plan.files))]
-        check_space(work.path, _left_to_write(work, sizes))
-        for name in source.files:
-            source.check_digests(name)
+        work.begin(sizes)
         with without_slow_crc():
             written = convert_files("import", work, sizes, workers, convert)
             crcs = plan.finish(work.path, written)
@@ -191,9 +185,8 @@ def export_hf(
         if _is_done(out_dir, RECORD, identity, overwrite):
             return out_dir
         work = WorkFolder(out_dir, identity)
-        work.begin()
         sizes = [sum(target_dtype.itemsize * torch.Size(size).numel() for size in shard.values()) for shard in shards]
-        check_space(work.path, _left_to_write(work, sizes))
+        work.begin(sizes)
         digests = convert_files("export", work, sizes, _export_workers(workers, shape), convert)
         by_name = {shard_name(number, len(shards)): digest for number, digest in enumerate(digests)}
         write_json_atomic(
@@ -283,8 +276,3 @@ def _is_done(out_dir: Path, record: str, identity: dict[str, Any], overwrite: bo
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise ConfigError(f"{out_dir}: exists and is something else; choose another name, or --overwrite")
-
-
-def _left_to_write(work: WorkFolder, sizes: list[int]) -> int:
-    """Bytes of the files that are not finished."""
-    return sum(size for number, size in enumerate(sizes) if work.result(number) is None)

@@ -29,16 +29,26 @@ class WorkFolder:
         self.path = target.with_name(f".{target.name}.partial")
         self._target, self._plan = target, plan
 
-    def begin(self) -> bool:
-        """Go on with what a stopped conversion of the same plan left, else start anew; returns whether it went on."""
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Go on with what a stopped conversion of the same plan left, else start anew.
+
+        Args:
+            sizes: bytes of each file.
+
+        Raises:
+            ConfigError: the disk has no room for what is not finished.
+        """
+        goes_on = False
         with contextlib.suppress(OSError, ValueError):
-            if json.loads((self.path / _PLAN).read_text(encoding="utf-8")) == self._plan:
-                self._remove_half_written()
-                return True
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+            goes_on = json.loads((self.path / _PLAN).read_text(encoding="utf-8")) == self._plan
+        if goes_on:
+            self._remove_half_written()
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        left = sum(size for number, size in enumerate(sizes) if self.result(number) is None)
+        _check_space(self.path.parent, left)
+        self.path.mkdir(exist_ok=True)
         write_json_atomic(self.path / _PLAN, self._plan)
-        return False
 
     def _remove_half_written(self) -> None:
         finished = {json.loads(path.read_text(encoding="utf-8"))["file"] for path in self.path.glob(".done-*.json")}
@@ -98,7 +108,7 @@ def exclusive(target: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def check_space(folder: Path, needed: int) -> None:
+def _check_space(folder: Path, needed: int) -> None:
     """Refuse to begin what the disk can't hold.
 
     Raises:
