@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from astro_hpc.model.llama import LlamaShape
 from astro_hpc.run.files import sha256_file, write_json_atomic
 
 SHARD_BYTES = 5 * 10**9
+_SYNC_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -255,6 +257,7 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._handle, self._digest, self._left = handle, hashlib.sha256(), offset
+        self._unsynced = 0
         for block in (len(text).to_bytes(8, "little"), text):
             handle.write(block)
             self._digest.update(block)
@@ -265,6 +268,12 @@ class SafetensorsFile:
         self._handle.write(raw)
         self._digest.update(raw)
         self._left -= piece.nbytes
+        self._unsynced += piece.nbytes
+        if self._unsynced >= _SYNC_BYTES:
+            # Linux starts to write dirty pages of a range that is declared unneeded, so that the disk works meanwhile.
+            end = self._handle.tell()
+            os.posix_fadvise(self._handle.fileno(), end - self._unsynced, self._unsynced, os.POSIX_FADV_DONTNEED)
+            self._unsynced = 0
 
     def hexdigest(self) -> str:
         """Hex sha256 of the whole file."""

@@ -32,7 +32,9 @@ from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.torch_dist import MARKER, damage, read_metadata
 
 PIECE_BYTES = 64 << 20
-"""Of a tensor that are in memory at once, in reading and in writing."""
+"""Of a tensor that are in memory at once, and are stored together."""
+_STEP_BYTES = 2 << 20
+"""Of a piece as it is read: what was read is still in the processor's cache when it is hashed and written."""
 RECORD = "conversion.json"
 """What an import writes beside the tensors: where they came from, and each chunk's CRC-32."""
 _TRAINING_KEYS = ("optimizer.", "chained_", "rng", "rerun_state_machine")
@@ -111,7 +113,7 @@ class MegatronTensors:
         key, layer = checkpoint_key(mapping.megatron)
         return int(self._tensors[key].size[0 if layer is None else 1])
 
-    def pieces(self, mapping: Mapping, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
+    def pieces(self, mapping: Mapping, piece_bytes: int = _STEP_BYTES) -> Iterator[torch.Tensor]:
         """Yield the Megatron tensor's rows in order, some at a time: [rows, ...], in its own dtype.
 
         A piece is good until the next is asked for: they share memory.
@@ -181,6 +183,7 @@ class MegatronTensors:
             archive = _Archive(chunk, dtype)
             archive.skip(low - chunk.row)
             archive.read_next(block)
+            archive.close()
             source = block[:, left - chunk.column : right - chunk.column]
             out[low - row : high - row, left - column : right - column] = source
         return out.view(inner_sizes)
@@ -223,7 +226,8 @@ class _Archive:
 
     def __init__(self, chunk: _Chunk, dtype: torch.dtype) -> None:
         self._chunk, self._row_bytes = chunk, chunk.columns * dtype.itemsize
-        self._position, self._crc, self._read = 0, 0, 0
+        self._position, self._crc = 0, 0
+        self._handle: io.FileIO | None = None
         try:
             self._open(chunk, dtype)
         except ConfigError:
@@ -254,11 +258,20 @@ class _Archive:
 
     def read_next(self, block: torch.Tensor) -> None:
         """Fill `block` with the next rows."""
-        with open(self._chunk.file, "rb", buffering=0) as handle:
-            handle.seek(self._start + self._position)
-            read_into(handle, block, f"{self._chunk.file}: {self._chunk.index}")
+        if self._handle is None:
+            self._handle = open(self._chunk.file, "rb", buffering=0)  # noqa: SIM115 - closed after the last row
+            self._handle.seek(self._start + self._position)
+        read_into(self._handle, block, f"{self._chunk.file}: {self._chunk.index}")
         self._position += block.nbytes
         self._crc = zlib.crc32(as_bytes(block), self._crc)
+        if self._position == self._chunk.rows * self._row_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file; twice is harmless."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
 
     def check(self, recorded: int | None) -> None:
         """Compare the checksum of all rows with the recorded one, or the archive's (0: it has none)."""
