@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_helpers import all_weights, assert_same_weights, llama_config, run_jobs, write_model
+from convert_helpers import TESTS, all_weights, assert_same_weights, llama_config, run_jobs, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -175,6 +177,13 @@ def test_what_another_plan_left_is_not_gone_on_with(source: Path, tmp_path: Path
     made = import_hf(source, tmp_path / "out")
     assert not (made / "stale").exists()
     assert_same_weights(source, export_hf(made, tmp_path / "back"))
+
+
+def test_the_tool_is_the_command_and_its_help_has_examples() -> None:
+    tool = [sys.executable, str(TESTS.parent / "tools/convert_checkpoint.py"), "--help"]
+    shown = subprocess.run(tool, capture_output=True, text=True, check=True, timeout=120).stdout
+    for words in ("Examples:", "convert import Llama-3.1-8B-Instruct", "convert verify", "convert export runs/mine"):
+        assert words in shown
 
 
 def test_two_conversions_to_one_folder(source: Path, tmp_path: Path) -> None:
