@@ -101,6 +101,18 @@ def test_a_training_checkpoint_is_exported_without_a_trainer(tmp_path: Path) -> 
     assert f"{chunk.file}: embedding.word_embeddings.weight@0,0 is damaged" in ended["err"].splitlines()[-1]
 
 
+def test_the_source_of_a_weight_kept_in_fp8_is_set_too(tmp_path: Path) -> None:
+    made = import_hf(make_llama(tmp_path / "hf", tied=False, llama3_rope=True), tmp_path / "megatron")
+    initialise_parallel(ParallelConfig(), seed=0)
+    (model,) = build_model(LlamaShape.from_hf(made), ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    weight = model.decoder.layers[1].mlp.linear_fc1.weight
+    kept = torch.zeros_like(weight)
+    weight.get_high_precision_init_val = lambda: kept
+    load_hf([model], made)
+    assert kept.count_nonzero()
+    assert torch.equal(kept, weight)
+
+
 def test_checkpoints_load_where_more_modules_keep_extra_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Transformer Engine's norms do, which the local spec's don't."""
     source = make_llama(tmp_path / "hf", tied=False, llama3_rope=True)

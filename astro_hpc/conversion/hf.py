@@ -78,6 +78,10 @@ def load_megatron(model_chunks: Sequence[torch.nn.Module], folder: Path, referen
         loaded = load_sharded(Path(folder), state)
         for key, model in models.items():
             model.load_state_dict(loaded[key])
+            # Beside a weight kept in FP8 lies what it was made from, and the optimizer's master starts from that.
+            for name, parameter in model.named_parameters():
+                if (kept := getattr(parameter, "get_high_precision_init_val", lambda: None)()) is not None:
+                    kept.copy_(loaded[key][name])
 
 
 def unwrap(chunk: torch.nn.Module) -> Any:
