@@ -289,6 +289,116 @@ def verify(
     verify_file(file)
 
 
+convert = typer.Typer(
+    no_args_is_help=True,
+    help="Hugging Face -> Megatron checkpoints and back, on CPU, without a model in memory; and a certificate.\n\n"
+    "A Hugging Face folder is config.json and safetensors, one file or many with an index. A Megatron checkpoint is "
+    "a torch_dist folder, which any tensor- and pipeline-parallel sizes load: `model.path` may name it. "
+    "A conversion that was killed goes on when the same command is given again, and the result appears under its "
+    "name only when it is whole.",
+    epilog="Examples:\n\n"
+    "`astro-hpc convert import Llama-3.1-8B-Instruct llama-8b-megatron`\n\n"
+    "`astro-hpc convert verify Llama-3.1-8B-Instruct llama-8b-megatron`\n\n"
+    "`astro-hpc convert export runs/mine/sft/astro/checkpoints my-8b --reference Llama-3.1-8B-Instruct`",
+)
+app.add_typer(convert, name="convert")
+Workers = Annotated[int, typer.Option(min=1, help="Files that are converted at a time.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights written: auto (as they are), bfloat16 or float32.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there under the new folder's name.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")]
+HFModel = Annotated[str, typer.Argument(metavar="HF_MODEL", help="A Hugging Face folder, as in model.path.")]
+MegatronFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MEGATRON_DIR", help="An import, a step_N of a run's checkpoints, or `checkpoints`: its newest."
+    ),
+]
+
+
+@convert.command("import")
+def convert_import(
+    hf_model: HFModel,
+    out: NewFolder,
+    dtype: Dtype = "auto",
+    file_gb: Annotated[float, typer.Option(min=0.001, help="Size in GB of a file; a kill loses at most one.")] = 2.0,
+    workers: Workers = 4,
+    overwrite: Overwrite = False,
+) -> None:
+    """A Hugging Face folder -> a Megatron checkpoint for any parallel sizes."""
+    from astro_hpc.conversion.embedded import resolve_model
+    from astro_hpc.conversion.offline import import_hf
+
+    source, file_bytes = resolve_model(hf_model), round(file_gb * 1e9)
+    print(import_hf(source, out, dtype=dtype, workers=workers, overwrite=overwrite, file_bytes=file_bytes))
+
+
+@convert.command("export")
+def convert_export(
+    megatron_dir: MegatronFolder,
+    out: NewFolder,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The Hugging Face model that config.json and tokenizer come from; an import has its own."),
+    ] = None,
+    dtype: Dtype = "auto",
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size in GB at which weights files are split.")] = 5.0,
+    workers: Workers = 4,
+    overwrite: Overwrite = False,
+) -> None:
+    """A Megatron checkpoint -> a Hugging Face folder that transformers and vLLM load."""
+    from astro_hpc.conversion.embedded import resolve_model
+    from astro_hpc.conversion.offline import export_hf
+
+    source = None if reference is None else resolve_model(reference)
+    shard_bytes = round(shard_gb * 1e9)
+    print(
+        export_hf(
+            megatron_dir,
+            out,
+            reference=source,
+            dtype=dtype,
+            workers=workers,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+        )
+    )
+
+
+@convert.command("verify")
+def convert_verify(
+    hf_model: HFModel,
+    megatron_dir: MegatronFolder,
+    exported: Annotated[Path | None, typer.Option(help="Also an export of the checkpoint.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text for the logits; may be given several times.")] = None,
+    logits: Annotated[
+        str, typer.Option(help="Compare logits: auto (when the model fits in memory), on, off.")
+    ] = "auto",
+    workers: Workers = 4,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Where to write the certificate; by default MEGATRON_DIR/certificate.json.")
+    ] = None,
+) -> None:
+    """Check tensor for tensor that a checkpoint is the model; writes a certificate, exits with 1 if it is not."""
+    from astro_hpc.conversion.embedded import resolve_model
+    from astro_hpc.conversion.verify import verify
+    from astro_hpc.run.files import write_json_atomic
+
+    if logits not in ("auto", "on", "off"):
+        raise ConfigError(f"--logits {logits}: possible are auto, on, off")
+    result, values = verify(
+        resolve_model(hf_model),
+        megatron_dir,
+        exported=exported,
+        prompts=prompt or [],
+        logits=logits,
+        workers=workers,
+    )
+    write_json_atomic(certificate or megatron_dir / "certificate.json", values)
+    print(result.line())
+    if not result.passed:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point. Errors a user can cause end as one line on stderr and exit code 2."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read at torch's import; silences its NUMA warning

@@ -16,6 +16,7 @@ from tiny_models import save_tiny_llama
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
+from astro_hpc.conversion.offline import export_hf, import_hf
 from astro_hpc.inference import make_engine
 from astro_hpc.inference.engine import Sample, SampleRequest
 
@@ -25,9 +26,13 @@ TEXT = "<|im_start|>user\n" + "Put + or - between the numbers 4 2 3 4 to make 5.
 
 @pytest.fixture(scope="module")
 def models(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """`first` is `original` after the way to Megatron and back."""
     root = tmp_path_factory.mktemp("vllm")
+    original = save_tiny_llama(root / "original", smollm2, seed=0)
     return SimpleNamespace(
-        first=save_tiny_llama(root / "first", smollm2, seed=0), second=save_tiny_llama(root / "second", smollm2, seed=1)
+        original=original,
+        first=export_hf(import_hf(original, root / "megatron"), root / "first", shard_bytes=5_000_000),
+        second=save_tiny_llama(root / "second", smollm2, seed=1),
     )
 
 
@@ -72,6 +77,12 @@ def test_a_seed_decides_its_sample_whatever_the_batch(engine, prompt):
 def test_logprobs_are_those_of_the_untempered_model(engine, models, prompt):
     sample = engine.generate_many([SampleRequest(prompt, 20, seed=3, temperature=0.7, top_p=0.9)])[0]
     assert sample.logprobs == pytest.approx(_reference_logprobs(models.first, prompt, sample.token_ids), abs=2e-4)
+
+
+def test_a_converted_model_is_served_as_the_original(engine, models, prompt):
+    assert len(list(models.first.glob("*.safetensors"))) > 1
+    sample = engine.generate_many([SampleRequest(prompt, 20, temperature=0.0)])[0]
+    assert sample.logprobs == pytest.approx(_reference_logprobs(models.original, prompt, sample.token_ids), abs=2e-4)
 
 
 def test_temperature_0_is_greedy(engine, models, prompt):

@@ -2,125 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 
-from astro_hpc.config.base import ConfigError
-from astro_hpc.conversion.names import Mapping, hf_shapes, join, local_name, mappings, split, to_hf, to_megatron
-from astro_hpc.model.llama import LlamaShape
-from astro_hpc.run.files import atomic_dir, sha256_file, write_json_atomic
-
-_SHARD_BYTES = 5 * 10**9
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+from astro_hpc.conversion.hf_folder import (
+    SHARD_BYTES,
+    HFTensors,
+    SafetensorsFile,
+    finish_hf_folder,
+    plan_shards,
+    shard_name,
 )
-
-
-class HFTensors:
-    """The tensors of a Hugging Face folder: one safetensors file, or many with an index."""
-
-    def __init__(self, hf_dir: Path) -> None:
-        """Read the index.
-
-        Raises:
-            ConfigError: no safetensors there, or a file of the index is missing or damaged.
-        """
-        self.hf_dir = Path(hf_dir)
-        index, single = self.hf_dir / "model.safetensors.index.json", self.hf_dir / "model.safetensors"
-        if index.exists():
-            try:
-                names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{index}: not a safetensors index ({error!r}); restore the file") from None
-        elif single.exists():
-            with _open(single) as handle:
-                names = dict.fromkeys(handle.keys(), single.name)
-        else:
-            raise ConfigError(f"{self.hf_dir}: no model.safetensors, alone or with an index; no other weights are read")
-        for file in sorted(set(names.values())):
-            if Path(file).name != file or not (self.hf_dir / file).is_file():
-                raise ConfigError(f"{self.hf_dir}: the index names {file}, which is not there; fetch it again")
-        self.files = names
-        self._open_name: str | None = None
-
-    def check(self, shape: LlamaShape) -> None:
-        """Compare names with the model's.
-
-        Raises:
-            ConfigError: a tensor is missing or unknown; it is named.
-        """
-        wanted = set(hf_shapes(shape))
-        missing = sorted(wanted - set(self.files))
-        # Old folders keep the tied output layer and RoPE's constants; both follow from the rest.
-        unknown = sorted(
-            name
-            for name in set(self.files) - wanted
-            if not name.endswith("rotary_emb.inv_freq") and not (shape.tied and name == "lm_head.weight")
-        )
-        for kind, names in (("lacks", missing), ("has an unknown", unknown)):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ConfigError(
-                    f"{self.hf_dir}: the checkpoint {kind} tensor {names[0]}{more}; "
-                    "config.json and weights don't belong together"
-                )
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        file = self.hf_dir / self.files[name]
-        if self._open_name != file.name:
-            self._handle, self._open_name = _open(file), file.name
-        try:
-            return self._handle.get_tensor(name)
-        except SafetensorError as error:
-            raise ConfigError(f"{file}: {name} can't be read ({error}); fetch the file again") from None
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
+from astro_hpc.conversion.megatron_folder import MegatronTensors
+from astro_hpc.conversion.names import Mapping, join, local_name, mappings, split, to_hf, to_megatron
+from astro_hpc.model.cpu import megatron_device
+from astro_hpc.model.llama import LlamaShape
+from astro_hpc.model.torch_dist import METADATA, load_sharded
+from astro_hpc.run.files import atomic_dir
 
 
 def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: Path) -> None:
     """Set the weights of this rank's model chunks from a Hugging Face folder, cast to the model's dtype.
 
+    A folder that `convert import` made is one too, with Megatron's files for weights: a rank reads from it only what
+    it needs.
+
     Raises:
         ConfigError: tensors are missing, unknown, damaged or of the wrong shape.
     """
+    if (Path(hf_dir) / METADATA).is_file():
+        load_megatron(model_chunks, hf_dir)
+        return
     shape = LlamaShape.from_hf(hf_dir)
     tensors = HFTensors(hf_dir)
     tensors.check(shape)
-    expected = hf_shapes(shape)
     rank, size = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    parameters = _named_parameters(model_chunks)
+    parameters = named_parameters(model_chunks)
     for mapping in _local_mappings(shape, parameters):
         parts = [tensors[name] for name in mapping.hf]
-        for name, part in zip(mapping.hf, parts, strict=True):
-            if tuple(part.shape) != expected[name]:
-                raise ConfigError(
-                    f"{hf_dir}: {name} has shape {tuple(part.shape)}, config.json implies {expected[name]}"
-                )
         copies = parameters.pop(mapping.megatron)
         padded = copies[0].shape[0] * size if mapping.layout == "vocab" else 0
         whole = to_megatron(mapping.layout, parts, shape, padded)
@@ -135,13 +61,47 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], hf_dir: Path) -> None:
         raise AssertionError(f"parameters without a Hugging Face tensor: {sorted(parameters)}")
 
 
+def load_megatron(model_chunks: Sequence[torch.nn.Module], folder: Path, reference_dir: Path | None = None) -> None:
+    """Set the weights of this rank's model chunks from a Megatron checkpoint of any parallel sizes, by Megatron.
+
+    Its optimizer state, if it has one, is left alone. FP8 state that one layer spec keeps and the other doesn't is
+    not asked for.
+
+    Args:
+        reference_dir: where config.json is; by default `folder`.
+
+    Raises:
+        ConfigError: not a whole checkpoint of this model.
+    """
+    source = MegatronTensors(folder)
+    source.check(LlamaShape.from_hf(reference_dir or folder))
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    models = {f"model{number}": unwrap(chunk) for number, chunk in enumerate(model_chunks)}
+    with megatron_device():
+        state = {key: model.sharded_state_dict(metadata=metadata) for key, model in models.items()}
+        loaded = load_sharded(Path(folder), state)
+        for key, model in models.items():
+            model.load_state_dict(loaded[key])
+            # Beside a weight kept in FP8 lies what it was made from, and the optimizer's master starts from that.
+            for name, parameter in model.named_parameters():
+                if (kept := getattr(parameter, "get_high_precision_init_val", lambda: None)()) is not None:
+                    kept.copy_(loaded[key][name])
+
+
+def unwrap(chunk: torch.nn.Module) -> Any:
+    """The GPTModel inside data parallelism's wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
 def named_hf_tensors(model_chunks: Sequence[torch.nn.Module], shape: LlamaShape) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, tensor) of the whole model in the dtype of training, in Hugging Face's order.
 
     Tensors may share memory with the model: use or copy one before asking for the next. With several ranks every rank
     must iterate, and every rank gets every tensor (gathered over tensor- and pipeline-parallel ranks, one at a time).
     """
-    parameters = _named_parameters(model_chunks)
+    parameters = named_parameters(model_chunks)
     for mapping in mappings(shape):
         with torch.no_grad():  # never around a yield: the mode would leak into the consumer
             parts = to_hf(mapping.layout, _gather(mapping, parameters.get(mapping.megatron), shape), shape)
@@ -181,13 +141,11 @@ def _broadcast_from_owner(tensor: torch.Tensor | None) -> torch.Tensor:
     return tensor
 
 
-def _named_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, list[torch.Tensor]]:
+def named_parameters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, list[torch.Tensor]]:
     """Parameters by whole-model local-spec name. A tied output layer on another stage is a second embedding."""
     found: dict[str, list[torch.Tensor]] = {}
     for chunk in model_chunks:
-        model = chunk
-        while hasattr(model, "module"):
-            model = model.module  # type: ignore[assignment]
+        model = unwrap(chunk)
         tied = model.share_embeddings_and_output_weights
         for name, parameter in model.named_parameters():
             name = local_name(name)
@@ -209,7 +167,7 @@ def save_hf(
     reference_dir: Path,
     out_dir: Path,
     dtype: torch.dtype = torch.bfloat16,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the model as a Hugging Face folder: weights, configuration, tokenizer, manifest. Atomic; rank 0 writes.
 
@@ -243,81 +201,18 @@ def write_hf_folder(
     shape: LlamaShape,
     reference_dir: Path,
     dtype: torch.dtype,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write weights (in `hf_shapes` order), config.json, tokenizer files and manifest.json into `folder`."""
-    shards = _plan_shards(hf_shapes(shape), dtype.itemsize, shard_bytes)
+    shards = plan_shards(shape, dtype.itemsize, shard_bytes)
     source = iter(tensors)
     digests: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, sizes in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        digests[name], size = _write_safetensors(folder / name, sizes, dtype, source)
-        total += size
-        weight_map |= dict.fromkeys(sizes, name)
-    if len(shards) > 1:
-        write_json_atomic(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
-    config = json.loads((Path(reference_dir) / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json_atomic(folder / "config.json", config)
-    for name in _COPIED:
-        if (Path(reference_dir) / name).is_file():
-            shutil.copyfile(Path(reference_dir) / name, folder / name)
-    for path in sorted(folder.iterdir()):
-        if path.name not in digests:
-            digests[path.name] = sha256_file(path)
-    write_json_atomic(
-        folder / "manifest.json",
-        {"format": "astro_hpc Hugging Face export", "dtype": config["dtype"], "sha256": dict(sorted(digests.items()))},
-    )
-
-
-def _plan_shards(
-    shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int
-) -> list[dict[str, tuple[int, ...]]]:
-    """Consecutive tensors into files of at most `shard_bytes`, a larger tensor alone."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    filled = 0
-    for name, size in shapes.items():
-        need = itemsize * torch.Size(size).numel()
-        if shards[-1] and filled + need > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = size
-        filled += need
-    return shards
-
-
-def _write_safetensors(
-    path: Path, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype, source: Iterator[tuple[str, torch.Tensor]]
-) -> tuple[str, int]:
-    """Stream tensors into one safetensors file; returns (hex sha256, bytes of data).
-
-    The safetensors package wants a whole file's tensors in memory at once; the format is a length, a JSON header and
-    the raw little-endian elements, which can be written one tensor at a time.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, size in sizes.items():
-        end = offset + dtype.itemsize * torch.Size(size).numel()
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(size), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as handle:
-        for block in (len(text).to_bytes(8, "little"), text):
-            handle.write(block)
-            digest.update(block)
-        for name, size in sizes.items():
-            got, tensor = next(source)
-            assert (got, tuple(tensor.shape), tensor.dtype) == (name, size, dtype), (got, tensor.shape, name, size)
-            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-            handle.write(raw)
-            digest.update(raw)
-    return digest.hexdigest(), offset
+    for number, sizes in enumerate(shards):
+        with open(folder / shard_name(number, len(shards)), "wb") as handle:
+            file = SafetensorsFile(handle, sizes, dtype)
+            for name, size in sizes.items():
+                got, tensor = next(source)
+                assert (got, tuple(tensor.shape), tensor.dtype) == (name, size, dtype), (got, tensor.shape, name, size)
+                file.write(tensor.detach().cpu().contiguous())
+        digests[shard_name(number, len(shards))] = file.hexdigest()
+    finish_hf_folder(folder, shards, digests, Path(reference_dir), dtype)

@@ -30,6 +30,8 @@ class Mapping:
     """Dimension split over tensor-parallel ranks; None: each rank has all of it."""
 
 
+_LAYERS = "decoder.layers."
+
 # Norm weights sit inside the following linear layer in Transformer Engine's spec.
 _TE_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -53,6 +55,32 @@ def local_name(name: str) -> str:
     return name
 
 
+def checkpoint_key(name: str) -> tuple[str, int | None]:
+    """A parameter's key in a Megatron checkpoint, and which slice of that key's tensor it is (None: all of it).
+
+    The layers of a model are stacked: `decoder.layers.3.x` is slice 3 of `decoder.layers.x`. The keys are Transformer
+    Engine's names whichever spec saved them, so that either loads the other's checkpoints.
+    """
+    name = te_name(name)
+    if not name.startswith(_LAYERS):
+        return name, None
+    layer, rest = name.removeprefix(_LAYERS).split(".", 1)
+    return _LAYERS + rest, int(layer)
+
+
+def extra_state_keys(shape: LlamaShape) -> list[str]:
+    """Keys of the objects that a model asks a checkpoint for beside its tensors: FP8 scales, of which there are none.
+
+    Linear layers of both specs have one a layer. The final norm has one under Transformer Engine alone.
+    """
+    layered = [
+        f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}"
+        for layer in range(shape.num_layers)
+        for module in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    ]
+    return [*layered, "decoder.final_layernorm._extra_state/shard_0_1"]
+
+
 def mappings(shape: LlamaShape) -> list[Mapping]:
     """Every tensor of the model, in Hugging Face's order: embedding, layers, final norm, output layer if untied."""
     table = [Mapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0)]
@@ -74,27 +102,63 @@ def mappings(shape: LlamaShape) -> list[Mapping]:
     return table
 
 
-def hf_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model and its shape, in the order of `mappings`."""
+def hf_size(name: str, shape: LlamaShape) -> tuple[int, ...]:
+    """The size of the Hugging Face tensor `name`."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    by_suffix: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (shape.vocab_size, hidden),
-        "lm_head.weight": (shape.vocab_size, hidden),
-        "q_proj.weight": (queries, hidden),
-        "k_proj.weight": (keys, hidden),
-        "v_proj.weight": (keys, hidden),
-        "o_proj.weight": (hidden, queries),
-        "gate_proj.weight": (ffn, hidden),
-        "up_proj.weight": (ffn, hidden),
-        "down_proj.weight": (hidden, ffn),
-        "norm.weight": (hidden,),
+    by_module: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (shape.vocab_size, hidden),
+        "lm_head": (shape.vocab_size, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "norm": (hidden,),
     }
-    return {
-        name: next(size for suffix, size in by_suffix.items() if name.endswith(suffix))
-        for mapping in mappings(shape)
-        for name in mapping.hf
-    }
+    return by_module[name.split(".")[-2]]
+
+
+def hf_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model and its size, in the order of `mappings`."""
+    return {name: hf_size(name, shape) for mapping in mappings(shape) for name in mapping.hf}
+
+
+def megatron_size(mapping: Mapping, shape: LlamaShape, padded_vocab_size: int) -> tuple[int, ...]:
+    """The size of the whole Megatron tensor that `to_megatron` makes."""
+    sizes = [hf_size(name, shape) for name in mapping.hf]
+    rows = padded_vocab_size if mapping.layout == "vocab" else sum(size[0] for size in sizes)
+    return (rows, *sizes[0][1:])
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive rows of a Hugging Face tensor and where they lie in the Megatron tensor."""
+
+    part: int
+    """Index into `Mapping.hf`."""
+    hf_row: int
+    megatron_row: int
+    rows: int
+
+
+def row_blocks(mapping: Mapping, shape: LlamaShape) -> list[RowBlock]:
+    """The rows of `mapping`'s Megatron tensor in order, padding left out: `to_megatron` as reads from files."""
+    if mapping.layout == "qkv":
+        groups, heads = shape.num_kv_heads, (shape.queries_per_group, 1, 1)
+        counts = [count * shape.head_dim for count in heads]
+    else:
+        groups, counts = 1, [hf_size(name, shape)[0] for name in mapping.hf]
+    blocks, row = [], 0
+    for group in range(groups):
+        for part, rows in enumerate(counts):
+            blocks.append(RowBlock(part, group * rows, row, rows))
+            row += rows
+    return blocks
 
 
 def to_megatron(

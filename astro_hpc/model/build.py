@@ -133,11 +133,17 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def build_model(shape: LlamaShape, parallel: ParallelConfig, precision: PrecisionConfig) -> list[GPTModel]:
+def build_model(
+    shape: LlamaShape, parallel: ParallelConfig, precision: PrecisionConfig, where: torch.device | None = None
+) -> list[GPTModel]:
     """This rank's model chunks (one, or as many as virtual pipeline stages), weights not yet set.
 
     Megatron's parallel state must be initialised.
+
+    Args:
+        where: the device to build on, by default this rank's; `meta` gives shapes without memory.
     """
+    where = where or device()
     config = transformer_config(shape, parallel, precision, cpu=on_cpu())
     virtual = parallel.virtual_pipeline_parallel_size
     chunks = []
@@ -161,7 +167,7 @@ def build_model(shape: LlamaShape, parallel: ParallelConfig, precision: Precisio
                 vp_stage=vp_stage,
             )
             _mark_split_weights(model)
-            chunks.append(model.to(device=device(), dtype=params_dtype(precision)))
+            chunks.append(model.to(device=where, dtype=params_dtype(precision)))
     return chunks
 
 

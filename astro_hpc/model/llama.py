@@ -119,6 +119,9 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, float | None]:
     """(theta, factor of Llama 3's scaling or None)."""
     rope: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ConfigError(f"{where}: partial_rotary_factor is {partial!r}; only 1.0 can be represented")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

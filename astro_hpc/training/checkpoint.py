@@ -7,26 +7,19 @@ some (a copy that broke off) is skipped too.
 Saving stops training only while the plan is made and a child process is forked: the child sees the tensors as they were
 at the fork (copy on write) and writes them while training goes on.
 
-torch_dist stores tensors raw, but its `.metadata` and `common.pt` are pickles. `common.pt` and objects inside the
-tensor files are read by torch's weights-only loader, and `.metadata` by an unpickler that knows only the classes which
-torch's checkpoint format consists of, so that a crafted file is refused and not run.
+torch_dist's `.metadata` and `common.pt` are pickles; `model/torch_dist.py` reads them without running what they say.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import json
 import multiprocessing
 import os
-import pickle
 import queue
 import shutil
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,15 +30,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
-from astro_hpc.config.base import ConfigError
 from astro_hpc.model.parallel import on_any_rank, tell_all
+from astro_hpc.model.torch_dist import MARKER, damage, load_sharded
 from astro_hpc.run.files import fsync_dir, write_json_atomic, write_text_atomic
 from astro_hpc.run.process import die_with_parent
 
-_MARKER = "complete.json"
 _STATE = "state.json"
 _LATEST = "latest"
 
@@ -206,7 +197,7 @@ def _publish(temporary: Path, final: Path) -> None:
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())
         sizes[path.name] = path.stat().st_size
-    write_json_atomic(temporary / _MARKER, {"bytes": sizes})
+    write_json_atomic(temporary / MARKER, {"bytes": sizes})
     fsync_dir(temporary)
     if final.exists():  # a torn one of the same step
         shutil.rmtree(final)
@@ -239,21 +230,6 @@ def _find(folder: Path) -> Path | None:
     return None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when it is whole."""
-    try:
-        sizes = json.loads((path / _MARKER).read_text(encoding="utf-8"))["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{_MARKER} is missing or damaged"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes and had {size}"
-    return None
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON values that `save` was given, and `step`."""
     state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -266,62 +242,7 @@ def load(path: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the checkpoint holds objects that are not tensors or plain values.
     """
-    with _no_foreign_pickles(path):
-        _MetadataUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
-        loaded: dict[str, Any] = dist_checkpointing.load(sharded_state, str(path))
-    return loaded
-
-
-_METADATA_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},  # looks up a torch.layout by name
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch.distributed.checkpoint.metadata": {
-        "_MEM_FORMAT_ENCODING",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-    },
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles what torch's checkpoint metadata consists of, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-@contextlib.contextmanager
-def _no_foreign_pickles(path: Path) -> Iterator[None]:
-    """Within the block torch's checkpoint reader takes only plain values and tensors."""
-    safe = types.SimpleNamespace(
-        load=lambda handle: _MetadataUnpickler(io.BytesIO(handle.read())).load(),
-        dump=pickle.dump,
-        loads=None,
-        dumps=pickle.dumps,
-    )
-    original = torch.load
-
-    @functools.wraps(original)
-    def weights_only(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **{**kwargs, "weights_only": True})
-
-    try:
-        with mock.patch.object(filesystem, "pickle", safe), mock.patch.object(torch, "load", weights_only):
-            yield
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path}: not a checkpoint of ours ({reason}); remove it") from None
+    return load_sharded(path, sharded_state)
 
 
 def _name(step: int) -> str:
