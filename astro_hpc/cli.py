@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from astro_hpc import __version__
@@ -231,11 +233,65 @@ def report(run: RunFolder) -> None:
 
 
 @app.command()
-def status(run: RunFolder, as_json: Json = False) -> None:
-    """The run's stages: done, begun or waiting, with seconds and tokens."""
+def launch(
+    config: Config,
+    cluster: Annotated[Path, typer.Option(help="Cluster file, or the name of one in configs/clusters.")],
+    overrides: Overrides = None,
+    stages: Annotated[str | None, typer.Option(help="Only these, for instance search,gather,clone.")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="This stage and all behind it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the sbatch files, submit nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit the whole graph of jobs to Slurm; again: only what is missing.
+
+    Every sbatch text, and the code and configuration that the jobs use, go to RUN/jobs.
+    """
+    from astro_hpc.launch.cluster import load_cluster
+    from astro_hpc.launch.submit import launch as launch_run
+
+    chosen = stages.split(",") if stages else None
+    cfg = load_config(config, overrides or [])
+    done = launch_run(cfg, load_cluster(cluster), stages=chosen, first=first, dry_run=dry_run)
+    print(json.dumps(done.to_json(), indent=2) if as_json else "\n".join(done.lines(dry_run)))
+
+
+@app.command()
+def cancel(run: RunFolder) -> None:
+    """Cancel everything that Slurm has of a run, queued and running; what is finished stays."""
+    from astro_hpc.launch.status import cancel_run
+
+    ids = cancel_run(_run_config(run).run_dir)
+    print(f"cancelled: {', '.join(ids)}" if ids else "nothing is queued or running")
+
+
+@app.command()
+def status(
+    run: RunFolder,
+    as_json: Json = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again and again, ever less often, until done.")
+    ] = False,
+) -> None:
+    """The run's stages: done, begun or waiting, with seconds and tokens; of a launched run the state of its jobs."""
+    from astro_hpc.launch.status import is_launched, job_states, print_states
     from astro_hpc.report.status import print_status, run_status
 
-    rows = run_status(_run_config(run))
+    cfg = _run_config(run)
+    if is_launched(cfg.run_dir):
+        states = job_states(cfg)
+        if as_json:
+            print(json.dumps([state.to_json() for state in states], indent=2))
+            return
+        print_states(states)
+        pause = 5.0
+        while watch and any(state.state in ("running", "pending") for state in states):
+            time.sleep(pause)
+            pause = min(1.5 * pause, 60.0)  # Slurm's controller serves everybody
+            states = job_states(cfg)
+            click.clear()
+            print_states(states)
+        return
+    rows = run_status(cfg)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from slurm_box import load_sandbox_module
+
+Sandbox = Any  # of tools/slurm_sandbox.py
 
 # Two processes of a test must not fight for the cores with one thread team each.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -64,3 +68,31 @@ def tiny_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", smollm2)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Sandbox]:
+    """A real Slurm of four virtual nodes with 8 pretended GPUs each, shared by all test modules; no accounting."""
+    sandbox = _sandbox(num_nodes=4, min_job_age=4)
+    yield sandbox
+    sandbox.down()
+
+
+@pytest.fixture(scope="session")
+def slurm_with_accounting() -> Iterator[Sandbox]:
+    """Two nodes and slurmdbd: sacct works."""
+    sandbox = _sandbox(num_nodes=2, min_job_age=4, accounting=True)
+    yield sandbox
+    sandbox.down()
+
+
+def _sandbox(**options: int) -> Sandbox:
+    module = load_sandbox_module()
+    try:
+        module.check_installed(bool(options.get("accounting")))
+    except module.SandboxError as missing:
+        pytest.skip(str(missing))
+    # Not below pytest's own folders: their paths are too long for a socket.
+    sandbox = module.Sandbox(Path(tempfile.mkdtemp(prefix="slurm-")), die_with_parent=True, kill_wait=3, **options)
+    sandbox.up()
+    return sandbox

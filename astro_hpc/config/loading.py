@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 
 _MAX_BASES = 10
+S = TypeVar("S", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -27,10 +28,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: file, key or value is unusable; one line says what, where and how to mend it.
     """
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(section: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
+    """The same for any other kind of YAML file, for instance a cluster's."""
     values = _read_with_bases(Path(path), ())
     for override in overrides:
         _apply(values, override)
-    return _validate(values, str(path))
+    return _validate(section, values, str(path))
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -116,21 +122,21 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _validate(values: dict[str, Any], where: str) -> RunConfig:
+def _validate(section: type[S], values: dict[str, Any], where: str) -> S:
     try:
-        return RunConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(details) for details in error.errors(include_url=False)]
+        problems = [_explain(section, details) for details in error.errors(include_url=False)]
         more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:3])})" if len(problems) > 1 else ""
         raise ConfigError(f"{where}: {problems[0]}{more}") from None
 
 
-def _explain(details: Any) -> str:
+def _explain(section: type[BaseModel], details: Any) -> str:
     """One validation error in words, with the nearest key where a key is unknown."""
     location = [part for part in details["loc"] if part != "function-after"]
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
-        known = _keys_at(RunConfig, location[:-1])
+        known = _keys_at(section, location[:-1])
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(known)}"
         return f"unknown key {path}; {hint}"

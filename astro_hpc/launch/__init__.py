@@ -1,1 +1,1 @@
-"""Stage to job: submitit executors, the graph of stages, sbatch rendering. Not built yet."""
+"""Stage to job: cluster files, the graph of stages, sbatch texts through submitit, submission, job states. No torch."""

@@ -246,7 +246,7 @@ def _carry_out(
         "started": start_time,
         "finished": _now(),
         "seed": cfg.seed,
-        "commit": _commit(),
+        "commit": source_commit(),
         "packages": _versions(),
         "machine": {"node": platform.node(), "cpus": os.cpu_count(), "python": platform.python_version()},
     }
@@ -322,8 +322,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _commit() -> str | None:
-    """The source's commit when it runs from a git checkout, with `-dirty` if it was edited."""
+def source_commit() -> str | None:
+    """The source's commit when it runs from a git checkout, with `-dirty` if it was edited, or from a launch's copy."""
+    if (_repository / "COMMIT").is_file():
+        return (_repository / "COMMIT").read_text().strip()
     if not (_repository / ".git").exists():
         return None
     command = ["git", "-C", str(_repository), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

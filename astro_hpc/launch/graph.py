@@ -1,0 +1,286 @@
+"""The graph of jobs as pure data: what a run needs done, in which order, and what is still to be submitted.
+
+warmup -> search (array) -> gather -> clone (array -> gather) -> per arm: sft -> select -> rl -> eval -> report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from astro_hpc.config.base import ConfigError
+from astro_hpc.config.schema import RunConfig
+from astro_hpc.launch.cluster import STAGES, ClusterConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the graph, or one array of them.
+
+    Attributes:
+        name: unique in the run, for instance `sft-astro`.
+        stage: whose section of the cluster file it follows.
+        command: arguments of astro-hpc; CONFIG, RUN, SHARD, NUM_SHARDS and ARM stand for values of its script.
+        after: names of the jobs whose results it reads.
+        resources: nodes, GPUs, time and so on.
+        output: folder of a task's results, relative to the run folder, with `{shard}`, `{num_shards}` and `{arm}`.
+        marker: the file in it that says the task is done.
+        num_tasks: size of the array; None: no array.
+        throttle: tasks of the array at the same time.
+        arm: whose models it makes; None: it serves all.
+    """
+
+    name: str
+    stage: str
+    command: tuple[str, ...]
+    after: tuple[str, ...]
+    resources: StageConfig
+    output: str
+    marker: str = "manifest.json"
+    num_tasks: int | None = None
+    throttle: int | None = None
+    arm: str | None = None
+
+    @property
+    def tasks(self) -> range:
+        """Numbers of its tasks; one of number 0 where it is no array."""
+        return range(self.num_tasks or 1)
+
+    def output_of(self, task: int) -> str:
+        """Folder of one task's results."""
+        return self.output.format(shard=f"{task:05d}", num_shards=f"{self.num_tasks or 1:05d}", arm=self.arm)
+
+
+def build_graph(cfg: RunConfig, cluster: ClusterConfig) -> list[Job]:
+    """All jobs of a run, each behind those that it waits for.
+
+    Raises:
+        ConfigError: the ranks of a training stage can't hold the model as `parallel` splits it.
+    """
+    jobs: list[Job] = []
+
+    def add(
+        name: str, command: str, after: Collection[str], output: str, stage: str = "", like: str = "", arm: str = ""
+    ) -> list[str]:
+        stage = stage or name
+        resources, words = cluster.stage(like or stage), tuple(command.split())
+        marker = {"gather": "gather.json", "report": "index.html"}.get(name, "manifest.json")
+        jobs.append(Job(name, stage, words, tuple(after), resources, output, marker, arm=arm or None))
+        return [name]
+
+    def add_array(stage: str, after: Collection[str], output: str) -> list[str]:
+        section = getattr(cluster.stages, stage)
+        command = (stage, "CONFIG", "--shard", "SHARD", "--num-shards", "NUM_SHARDS")
+        output = f"{output}/shard-{{shard}}-of-{{num_shards}}"
+        array = {"num_tasks": section.shards, "throttle": section.throttle}
+        jobs.append(Job(stage, stage, command, tuple(after), cluster.stage(stage), output, **array))
+        return [stage]
+
+    last = add("warmup", "warmup CONFIG", [], "warmup") if cfg.warmup.enabled else []
+    last = add_array("search", last, "search")
+    last = add("gather", "search CONFIG --gather", last, "search")
+    if cluster.stages.clone.shards > 1:
+        last = add_array("clone", last, "clone")
+        last = add("clone-gather", "clone CONFIG --gather", last, "traces", stage="clone", like="gather")
+    else:
+        last = add("clone", "clone CONFIG", last, "traces")
+    ends: list[str] = []
+    for arm in cfg.arms:
+        sft = add(f"sft-{arm}", "sft CONFIG --arm ARM", last, "sft/{arm}", stage="sft", arm=arm)
+        select = add(f"select-{arm}", "select CONFIG --arm ARM", sft, "select/{arm}", stage="select", arm=arm)
+        ends += add(f"rl-{arm}", "rl CONFIG --arm ARM", [*sft, *select], "rl/{arm}", stage="rl", arm=arm)
+    if cfg.eval.benchmarks:
+        ends = add("eval", "eval CONFIG", ends, "eval")
+    add("report", "report RUN", ends, "report")
+    for job in jobs:
+        _check_ranks(job, cfg)
+    return jobs
+
+
+def _check_ranks(job: Job, cfg: RunConfig) -> None:
+    if job.stage not in ("warmup", "sft"):
+        return
+    per_node = job.resources.tasks_per_node or 1
+    ranks, parallel = job.resources.nodes * per_node, cfg.parallel
+    if ranks == 1:
+        return  # the stage starts its ranks itself
+    where = f"{job.resources.nodes} nodes x {per_node} ranks (stages.{job.stage} of the cluster file)"
+    if ranks % parallel.model_parallel_size:
+        raise ConfigError(
+            f"{where}: parallel needs a multiple of {parallel.model_parallel_size} ranks "
+            "(tensor x pipeline x context); change nodes or tasks_per_node"
+        )
+    if per_node % parallel.tensor_parallel_size and parallel.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"{where}: tensor_parallel_size {parallel.tensor_parallel_size} would reach over nodes; "
+            "make it divide tasks_per_node"
+        )
+
+
+# --- choosing -------------------------------------------------------------------------------------------------
+
+
+def choose(jobs: Sequence[Job], stages: Collection[str] | None = None, first: str | None = None) -> list[Job]:
+    """The jobs of some stages, or of a stage and everything behind it, in the graph's order.
+
+    Raises:
+        ConfigError: a name is no stage of this run.
+    """
+    known = [stage for stage in STAGES if any(job.stage == stage for job in jobs)]
+    for name in [*(stages or []), *([first] if first else [])]:
+        if name not in known:
+            raise ConfigError(f"{name!r} is no stage of this run; it has {', '.join(known)}")
+    chosen = set(stages or known)
+    if first:
+        chosen &= set(known[known.index(first) :])
+    return [job for job in jobs if job.stage in chosen]
+
+
+# --- what is to be submitted ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LiveJob:
+    """A job, or some tasks of an array, that Slurm has: queued or running.
+
+    Attributes:
+        slurm_id: the job's or the array's id.
+        tasks: the job's tasks in it, by their number in the run.
+        pending: none of them has begun.
+    """
+
+    slurm_id: str
+    tasks: frozenset[int]
+    pending: bool = False
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One sbatch: all of a job, or a chunk of an array.
+
+    Attributes:
+        tasks: which of the job's tasks; their index in the array is their number less `offset`.
+        after_ok: jobs submitted together with it, by name, all of whose tasks must end well.
+        after_any: ids of jobs that Slurm had already. Some of their tasks may have failed before this launch and be
+            submitted again by it, so their end alone is waited for; the command itself refuses unfinished inputs.
+    """
+
+    job: Job
+    tasks: tuple[int, ...]
+    offset: int = 0
+    after_ok: tuple[str, ...] = ()
+    after_any: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rewire:
+    """A job of an earlier launch that waits for results which this launch submits again; as in `Submission`."""
+
+    slurm_ids: tuple[str, ...]
+    after_ok: tuple[str, ...]
+    after_any: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch does.
+
+    Attributes:
+        submissions: in the order to submit them.
+        rewire: jobs that wait in the queue already, and must wait for new submissions too.
+    """
+
+    submissions: list[Submission] = field(default_factory=list)
+    rewire: list[Rewire] = field(default_factory=list)
+
+
+def plan(
+    jobs: Sequence[Job],
+    chosen: Sequence[Job],
+    done: Mapping[str, Collection[int]],
+    live: Mapping[str, Sequence[LiveJob]],
+    max_array_size: int,
+) -> Plan:
+    """Submit what is neither done nor queued nor running, once; nothing else.
+
+    Args:
+        jobs: the whole graph.
+        chosen: the jobs that are asked for.
+        done: by job name, the tasks whose results are there.
+        live: by job name, what Slurm has.
+        max_array_size: indices of an array stay below it.
+
+    Raises:
+        ConfigError: a job needs results that are neither there, nor coming, nor asked for.
+    """
+    by_name = {job.name: job for job in jobs}
+    names = {job.name for job in chosen}
+    found = Plan()
+    submitted: set[str] = set()
+    for job in jobs:
+        if job.name not in names:
+            continue
+        coming = live.get(job.name, [])
+        busy = {task for each in coming for task in each.tasks}
+        missing = [task for task in job.tasks if task not in done.get(job.name, ()) and task not in busy]
+        after_ok = tuple(name for name in job.after if name in submitted)
+        after_any = tuple(dict.fromkeys(each.slurm_id for name in job.after for each in live.get(name, [])))
+        waiting = tuple(each.slurm_id for each in coming if each.pending)
+        if after_ok and waiting:
+            found.rewire.append(Rewire(waiting, after_ok, after_any))
+        if not missing:
+            continue
+        _refuse_missing_inputs(job, by_name, done, live, submitted)
+        for offset, tasks in chunks(missing, max_array_size):
+            found.submissions.append(Submission(job, tasks, offset, after_ok, after_any))
+        submitted.add(job.name)
+    return found
+
+
+def _refuse_missing_inputs(
+    job: Job,
+    by_name: Mapping[str, Job],
+    done: Mapping[str, Collection[int]],
+    live: Mapping[str, Sequence[LiveJob]],
+    submitted: Collection[str],
+) -> None:
+    for name in job.after:
+        if name in submitted:
+            continue
+        busy = {task for each in live.get(name, []) for task in each.tasks}
+        absent = [task for task in by_name[name].tasks if task not in done.get(name, ()) and task not in busy]
+        if absent:
+            stage = by_name[name].stage
+            raise ConfigError(
+                f"{job.name}: needs {name}, which is neither done nor queued; add it: --stages {stage},{job.stage}, "
+                f"or --from {stage}"
+            )
+
+
+def chunks(tasks: Iterable[int], max_array_size: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Split task numbers into arrays: (offset, tasks), with every task less its offset below `max_array_size`."""
+    groups: dict[int, list[int]] = {}
+    for task in sorted(tasks):
+        groups.setdefault(task // max_array_size * max_array_size, []).append(task)
+    return [(offset, tuple(group)) for offset, group in groups.items()]
+
+
+def as_ranges(numbers: Iterable[int]) -> str:
+    """`0,1,2,5` -> `0-2,5`, as sbatch's --array takes it."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def from_ranges(text: str) -> set[int]:
+    """The inverse, of squeue's form: `0-2,5%4` -> {0, 1, 2, 5}; a step (`0-8:4`) too."""
+    numbers: set[int] = set()
+    for part in text.strip("[]").partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1, int(step or 1)))
+    return numbers

@@ -1,0 +1,129 @@
+"""The Slurm sandbox as the tests use it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from astro_hpc.conversion.embedded import resolve_model
+from astro_hpc.run.files import Journal
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tools" / "slurm_sandbox.py"
+
+
+def load_sandbox_module() -> ModuleType:
+    """tools/slurm_sandbox.py, which is a script and no part of the package."""
+    if "slurm_sandbox" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("slurm_sandbox", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["slurm_sandbox"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["slurm_sandbox"]
+
+
+CLUSTER = """
+gpus_per_node: 0
+memory: null
+exclusive: false
+time: "00:10:00"
+signal_seconds: 20
+environment: {OMP_NUM_THREADS: 1}
+stages:
+  search: {shards: SHARDS}
+"""
+
+
+class Run:
+    """A run of the scripted engine on the sandbox: it imports no torch, a task takes a second."""
+
+    def __init__(self, slurm: Any, folder: Path, shards: int = 4, **settings: object) -> None:
+        self.slurm, self.folder, self.dir = slurm, folder, folder / "runs" / "test"
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        for path in resolve_model("embedded:smollm2-135m-instruct").glob("*token*"):
+            shutil.copy(path, folder / "model")  # cloning counts tokens
+        rows = [{"problem": f"What is {n} - {n // 2}?", "answer": str(n - n // 2)} for n in range(12)]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "name": "test",
+            "seed": 5,
+            "runs_dir": "runs",
+            "model": {"path": "model", "prompt_style": "minimal-chat"},
+            "problems": {"train": [{"type": "jsonl", "path": "problems.jsonl"}]},
+            "inference": {"engine": "scripted", "max_model_len": 1024},
+            "search": {"num_iterations": 4, "num_expansions": 4, "num_rollouts": 4, "keep_rollouts": True},
+            "clone": {"self_evaluation_samples": 0},
+            **settings,
+        }
+        (folder / "run.yaml").write_text(json.dumps(values))
+        self.write_cluster(CLUSTER.replace("SHARDS", str(shards)))
+
+    def cluster(self) -> str:
+        return (self.folder / "cluster.yaml").read_text()
+
+    def write_cluster(self, text: str) -> None:
+        (self.folder / "cluster.yaml").write_text(text)
+
+    def command(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **self.slurm.env, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "astro_hpc", *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def launch(self, *arguments: str) -> list[dict[str, Any]]:
+        """What was submitted."""
+        result = self.command("launch", "run.yaml", "--cluster", "cluster.yaml", "--json", *arguments)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)["submitted"]
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        result = self.command("status", self.dir, "--json")
+        assert result.returncode == 0, result.stderr
+        return {row["job"]: row for row in json.loads(result.stdout)}
+
+    def queued(self) -> list[str]:
+        """States of this run's jobs in the queue."""
+        lines = self.slurm.run("squeue", "-h", "-r", "-o", "%T %k").splitlines()
+        return [line.split()[0] for line in lines if f":test-{self._key()}:" in line]
+
+    def _key(self) -> str:
+        return hashlib.sha256(str(self.dir).encode()).hexdigest()[:8]
+
+    def wait(self, ready: Callable[[], bool] | None = None, seconds: float = 60) -> None:
+        """Until `ready`, or until nothing of this run is queued."""
+        ready = ready or (lambda: not self.queued())
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < deadline, f"{self.slurm.run('squeue')}\n{self.logs()}"
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(self.dir.glob("logs/**/*.[lo]*")))
+
+    def trees(self) -> list[str]:
+        """Problems of all trees in the shards' journals."""
+        paths = self.dir.glob("search/shard-*/trees.jsonl")
+        return [tree["problem"]["id"] for path in paths for tree in Journal.read(path)]
+
+    def trees_of(self, shard: int) -> list[str]:
+        paths = self.dir.glob(f"search/shard-{shard:05d}-of-*/trees.jsonl")
+        return [tree["problem"]["id"] for path in paths for tree in Journal.read(path)]
+
+    def hurry(self) -> bool:
+        """Let requeued jobs start now: Slurm holds them back for two minutes."""
+        for line in self.slurm.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%i %r %k").splitlines():
+            if " BeginTime " in line and f":test-{self._key()}:" in line:
+                self.slurm.run("scontrol", "update", f"jobid={line.split()[0]}", "StartTime=now", check=False)
+        return True

@@ -1,0 +1,184 @@
+"""The graph of jobs and the plan of a launch, as pure data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astro_hpc.config import RunConfig, load_config
+from astro_hpc.config.base import ConfigError
+from astro_hpc.launch.cluster import ClusterConfig
+from astro_hpc.launch.graph import LiveJob, as_ranges, build_graph, choose, chunks, from_ranges, plan
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def run_config(**values: object) -> RunConfig:
+    problems = {"train": [{"type": "signs", "count": 10}]}
+    return RunConfig.model_validate({"name": "test", "problems": problems, **values})
+
+
+def cluster_config(**stages: object) -> ClusterConfig:
+    return ClusterConfig.model_validate({"gpus_per_node": 0, "stages": stages})
+
+
+configs = st.builds(
+    run_config,
+    arms=st.sampled_from([["astro"], ["direct"], ["astro", "direct"]]),
+    warmup=st.sampled_from([{}, {"enabled": True, "problems": {"type": "signs", "count": 4}}]),
+    eval=st.sampled_from([{}, {"benchmarks": {"b": {"type": "signs", "count": 3}}}]),
+)
+clusters = st.builds(
+    lambda search, clone: cluster_config(search={"shards": search}, clone={"shards": clone}),
+    st.integers(1, 40),
+    st.integers(1, 20),
+)
+
+
+@given(configs, clusters)
+def test_every_job_comes_after_what_it_reads_and_all_lead_to_the_report(cfg, cluster):
+    jobs = build_graph(cfg, cluster)
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    assert len({job.output_of(task) + job.marker for job in jobs for task in job.tasks}) == sum(
+        len(job.tasks) for job in jobs
+    )
+    for number, job in enumerate(jobs):
+        assert set(job.after) <= set(names[:number])
+    needed, front = set(), ["report"]
+    while front:
+        name = front.pop()
+        needed.add(name)
+        front += [each for each in jobs[names.index(name)].after if each not in needed]
+    assert needed == set(names)
+
+
+def test_the_whole_graph_of_the_large_configuration():
+    cfg = load_config(CONFIGS / "llama3.1-70b.yaml")
+    cluster = ClusterConfig.model_validate(
+        {"stages": {"search": {"shards": 64}, "clone": {"shards": 8}, "sft": {"nodes": 8}}}
+    )
+    jobs = {job.name: job for job in build_graph(cfg, cluster)}
+    assert {name: list(job.after) for name, job in jobs.items()} == {
+        "search": [],
+        "gather": ["search"],
+        "clone": ["gather"],
+        "clone-gather": ["clone"],
+        "sft-astro": ["clone-gather"],
+        "select-astro": ["sft-astro"],
+        "rl-astro": ["sft-astro", "select-astro"],
+        "sft-direct": ["clone-gather"],
+        "select-direct": ["sft-direct"],
+        "rl-direct": ["sft-direct", "select-direct"],
+        "eval": ["rl-astro", "rl-direct"],
+        "report": ["eval"],
+    }
+    assert jobs["search"].num_tasks == 64
+    assert jobs["sft-astro"].resources.nodes * jobs["sft-astro"].resources.tasks_per_node == 64
+    assert jobs["search"].output_of(3) == "search/shard-00003-of-00064"
+
+
+def test_ranks_must_hold_the_model_and_tensor_parallel_stays_inside_a_node():
+    cfg = run_config(parallel={"tensor_parallel_size": 4, "pipeline_parallel_size": 2})
+    build_graph(cfg, cluster_config(sft={"nodes": 2, "tasks_per_node": 4}))
+    build_graph(cfg, cluster_config(sft={"nodes": 1, "tasks_per_node": 1}))  # it starts its ranks itself
+    with pytest.raises(ConfigError, match="3 nodes x 4 ranks .*a multiple of 8 ranks"):
+        build_graph(cfg, cluster_config(sft={"nodes": 3, "tasks_per_node": 4}))
+    with pytest.raises(ConfigError, match="would reach over nodes"):
+        build_graph(cfg, cluster_config(sft={"nodes": 4, "tasks_per_node": 2}))
+
+
+def test_choosing_stages():
+    jobs = build_graph(run_config(arms=["astro", "direct"]), cluster_config(clone={"shards": 2}))
+    assert [job.name for job in choose(jobs, ["clone", "search"])] == ["search", "clone", "clone-gather"]
+    assert [job.name for job in choose(jobs, first="rl")] == ["rl-astro", "rl-direct", "report"]
+    assert [job.name for job in choose(jobs, ["sft", "gather"], first="sft")] == ["sft-astro", "sft-direct"]
+    assert choose(jobs) == jobs
+    for wrong in ("warmup", "serch"):
+        with pytest.raises(ConfigError, match=f"'{wrong}' is no stage of this run; it has search, gather"):
+            choose(jobs, [wrong])
+
+
+@given(st.sets(st.integers(0, 3000)), st.integers(1, 1001))
+def test_chunks_hold_every_task_once_below_the_largest_array(tasks, size):
+    found = chunks(tasks, size)
+    assert sorted(task for _, group in found for task in group) == sorted(tasks)
+    for offset, group in found:
+        assert all(0 <= task - offset < size for task in group)
+
+
+@given(st.sets(st.integers(0, 500), min_size=1))
+def test_ranges_there_and_back(numbers):
+    assert from_ranges(as_ranges(numbers)) == numbers
+    assert from_ranges(f"[{as_ranges(numbers)}%7]") == numbers
+
+
+def test_ranges_in_squeue_s_words():
+    assert from_ranges("7") == {7}
+    assert from_ranges("0-8:4,11") == {0, 4, 8, 11}
+
+
+@st.composite
+def situations(draw):
+    """A graph, what of it is done, and what is queued or running."""
+    jobs = build_graph(draw(configs), draw(clusters))
+    done, live = {}, {}
+    for number, job in enumerate(jobs):
+        states = draw(
+            st.lists(st.sampled_from(["done", "live", "missing"]), min_size=len(job.tasks), max_size=len(job.tasks))
+        )
+        done[job.name] = {task for task, state in zip(job.tasks, states, strict=True) if state == "done"}
+        busy = [task for task, state in zip(job.tasks, states, strict=True) if state == "live"]
+        halves = [half for half in (busy[::2], busy[1::2]) if half]
+        live[job.name] = [
+            LiveJob(str(100 * number + each), frozenset(half), draw(st.booleans())) for each, half in enumerate(halves)
+        ]
+    return jobs, done, live
+
+
+@given(situations(), st.integers(1, 50))
+def test_a_launch_submits_exactly_what_is_neither_done_nor_queued_nor_running(situation, size):
+    jobs, done, live = situation
+    result = plan(jobs, jobs, done, live, size)
+    submitted = [(step.job.name, task) for step in result.submissions for task in step.tasks]
+    busy = {(name, task) for name, each in live.items() for one in each for task in one.tasks}
+    ready = {(name, task) for name, tasks in done.items() for task in tasks}
+    everything = {(job.name, task) for job in jobs for task in job.tasks}
+    assert len(submitted) == len(set(submitted))
+    assert set(submitted) == everything - busy - ready
+    seen: set[str] = set()
+    for step in result.submissions:
+        assert set(step.after_ok) == set(step.job.after) & seen - {step.job.name}
+        assert set(step.after_any) == {each.slurm_id for name in step.job.after for each in live[name]}
+        assert all(0 <= task - step.offset < size for task in step.tasks)
+        seen.add(step.job.name)
+
+
+@given(situations())
+def test_launching_again_after_all_was_submitted_does_nothing(situation):
+    jobs, done, live = situation
+    result = plan(jobs, jobs, done, live, 10)
+    for number, step in enumerate(result.submissions):
+        live[step.job.name] = [*live[step.job.name], LiveJob(f"new{number}", frozenset(step.tasks), True)]
+    again = plan(jobs, jobs, done, live, 10)
+    assert again.submissions == []
+    assert again.rewire == []
+
+
+def test_a_waiting_job_is_told_of_inputs_that_are_made_again():
+    jobs = build_graph(run_config(), cluster_config(search={"shards": 3}))
+    live = {"search": [LiveJob("5", frozenset({2}))], "gather": [LiveJob("6", frozenset({0}), pending=True)]}
+    result = plan(jobs, choose(jobs, ["search", "gather"]), {"search": {0}}, live, 1001)
+    assert [(step.job.name, step.tasks) for step in result.submissions] == [("search", (1,))]
+    [told] = result.rewire
+    assert (told.slurm_ids, told.after_ok, told.after_any) == (("6",), ("search",), ("5",))
+
+
+def test_a_job_whose_inputs_nobody_makes_is_refused():
+    jobs = build_graph(run_config(), cluster_config())
+    with pytest.raises(ConfigError, match=r"clone: needs gather, which is neither done nor queued; .*--from gather"):
+        plan(jobs, choose(jobs, ["clone"]), {}, {}, 1001)
+    assert plan(jobs, choose(jobs, ["clone"]), {"gather": {0}}, {}, 1001).submissions[0].after_ok == ()

@@ -1,0 +1,93 @@
+"""What a cluster does to jobs, done to them: nothing is lost, nothing is done twice, and the graph finishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+from slurm_box import Run, load_sandbox_module
+
+# A shard takes some seconds, and saves every tree.
+SLOW_SEARCH = {"num_iterations": 600, "num_expansions": 4, "num_rollouts": 4, "trees_in_flight": 1}
+
+
+@pytest.fixture(scope="module")
+def box():
+    """A Slurm of its own, whose nodes may die; a dead one is noticed soon."""
+    module = load_sandbox_module()
+    sandbox = module.Sandbox(
+        Path(tempfile.mkdtemp(prefix="slurm-")), num_nodes=4, die_with_parent=True, kill_wait=3, slurmd_timeout=5
+    )
+    sandbox.up()
+    yield sandbox
+    sandbox.down()
+
+
+def _python_of(box, node: str) -> int:
+    """The stage's process on a node."""
+    for pid in load_sandbox_module().processes_of(box.dir):
+        path = Path(f"/proc/{pid}")
+        try:
+            here = f"SLURMD_NODENAME={node}".encode() in (path / "environ").read_bytes().split(b"\0")
+            if here and b"\0astro_hpc\0search\0" in (path / "cmdline").read_bytes():
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"bash" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    return pid
+        except OSError:
+            continue
+    raise AssertionError(f"no search runs on {node}")
+
+
+def test_kill_requeue_dead_node_preemption_and_a_new_controller_lose_nothing(box, tmp_path):
+    run = Run(box, tmp_path, shards=4, search=SLOW_SEARCH, problems={"train": [{"type": "signs", "count": 60}]})
+    cluster = (tmp_path / "cluster.yaml").read_text()
+    run.write_cluster(cluster + "  gather: {exclusive: false, memory: null}\nexclude: []\n")
+    run.write_cluster(run.cluster().replace("exclusive: false", "exclusive: true", 1))  # one shard a node
+    [search, gather] = run.launch("--stages", "search,gather")
+    assert (search["tasks"], gather["tasks"]) == (4, 1)
+
+    def nodes() -> dict[int, str]:
+        lines = box.run("squeue", "-h", "-t", "RUNNING", "-j", search["id"], "-o", "%K %N").splitlines()
+        return {int(index): node for index, node in map(str.split, lines)}
+
+    run.wait(lambda: len(nodes()) == 4 and all(run.trees_of(shard) for shard in range(4)))
+    where = nodes()
+    os.kill(_python_of(box, where[0]), signal.SIGKILL)
+    box.run("scontrol", "requeue", f"{search['id']}_1")
+    box.kill_node(where[2])
+    box.run("sbatch", "-p", "urgent", "-w", where[3], "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    before = {shard: run.trees_of(shard) for shard in range(4)}
+    assert run.launch("--stages", "search,gather") == [], "all of it is still queued or running"
+
+    run.wait(lambda: run.hurry() and "DOWN" in box.run("sinfo", "-h", "-n", where[2], "-o", "%T").upper())
+    assert run.launch("--stages", "search,gather") == []
+    box.kill_daemon("slurmctld")
+    box.start_controller()
+    box.start_node(where[2])
+    run.wait(lambda: run.hurry() and not run.queued(), seconds=150)
+
+    assert (run.dir / "search" / "gather.json").exists(), run.logs()
+    trees = run.trees()
+    assert len(trees) == len(set(trees)) == 60
+    for shard, earlier in before.items():
+        assert run.trees_of(shard)[: len(earlier)] == earlier, "finished trees stay"
+    assert run.status()["gather"]["state"] == "done"
+    attempts = [len(list(run.dir.glob(f"logs/search-0000{shard}/job-*"))) for shard in range(4)]
+    assert min(attempts) >= 2, attempts
+
+
+def test_what_fails_the_same_way_twice_stops_with_its_reason(box, tmp_path):
+    run = Run(box, tmp_path, shards=1)
+    broken = r"srun() { command srun bash -c 'echo ValueError: broken; exit 3'; }"
+    run.write_cluster(run.cluster() + f"setup: [{json.dumps(broken)}]\n")
+    run.launch("--stages", "search,gather")
+    run.wait(lambda: run.hurry() and not run.queued())
+    state = run.status()
+    assert state["search"]["state"] == "failed"
+    ended = (run.dir / "jobs" / "ended" / "search-00000").read_text().split("\n")
+    assert ended[:3] == ["failed", "3", "1"], "one retry, no more"
+    assert state["gather"]["state"] == "failed", "its dependant doesn't wait for ever"

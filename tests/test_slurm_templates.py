@@ -1,0 +1,99 @@
+"""slurm/*.sbatch do what `launch` renders, line by line, and pipeline.sbatch submits the same graph."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from slurm_box import load_sandbox_module
+
+from astro_hpc.config import load_config
+from astro_hpc.launch.cluster import load_cluster
+from astro_hpc.launch.graph import Job, build_graph
+from astro_hpc.launch.render import Place, render
+
+ROOT = Path(__file__).parent.parent
+JOB_OF = {
+    "search_array": "search",
+    "gather": "gather",
+    "clone_array": "clone",
+    "clone_gather": "clone-gather",
+    "sft": "sft-astro",
+    "select": "select-astro",
+    "rl": "rl-astro",
+    "eval": "eval",
+    "report": "report",
+}
+TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sbatch") if path.stem != "pipeline")
+# What a launch fills in by itself, and what the user of a template edits.
+NAMED_BY_LAUNCH = {"chdir", "comment", "job-name", "output"}
+EDITED = {"RUN", "CONFIG", "CODE", "PYTHON", "ARM"}
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, Job]:
+    cluster = load_cluster(Path("h100-example"))
+    return {job.name: job for job in build_graph(load_config(ROOT / "configs/llama3.1-70b.yaml"), cluster)}
+
+
+def options_of(text: str) -> dict[str, str]:
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^#SBATCH (.*)$", text, re.M)]
+    pairs = [word.removeprefix("--").partition("=")[::2] for words in lines for word in words]
+    assert len(dict(pairs)) == len(pairs), "an option given twice"
+    return {name: value for name, value in pairs if name not in NAMED_BY_LAUNCH}
+
+
+def script_of(text: str) -> list[str]:
+    """The commands: comments and blank lines dropped, edited values blanked."""
+    lines = []
+    for line in text.splitlines():
+        name = line.partition("=")[0]
+        line = re.sub(r"(^|\s+)# .*$", "", line).rstrip()
+        if line and not line.startswith("#") and line != "export SUBMITIT_EXECUTOR=slurm":
+            lines.append(f"{name}=..." if name in EDITED else line)
+    return lines
+
+
+def test_every_job_of_a_run_has_its_template(graph):
+    assert {path.stem for path in TEMPLATES} == set(JOB_OF)
+    assert set(JOB_OF.values()) == {name for name in graph if not name.endswith("-direct")}
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_what_launch_renders(path, graph):
+    cluster = load_cluster(Path("h100-example")).model_copy(update={"container": None})
+    rendered = render(graph[JOB_OF[path.stem]], cluster, Place(Path("/r"), Path("/f"), Path("/w"), "k"))
+    text = path.read_text()
+    assert options_of(text) == options_of(rendered)
+    assert script_of(text) == script_of(rendered)
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    edited = [line for line in text.splitlines() if line.partition("# EDIT")[1]]
+    assert len(edited) == 5
+
+
+def test_slurm_takes_the_templates_and_the_pipeline_is_the_graph(graph):
+    module = load_sandbox_module()
+    box = module.Sandbox(Path(tempfile.mkdtemp(prefix="slurm-")), num_nodes=8, die_with_parent=True)
+    try:
+        module.check_installed()
+        box.up()
+        box.run("scontrol", "update", "nodename=n[1-8]", "state=drain", "reason=nothing is to start")
+        environment = {**os.environ, **box.env, "SBATCH_PARTITION": "batch"}
+        command = ["bash", ROOT / "slurm" / "pipeline.sbatch"]
+        result = subprocess.run(command, env=environment, cwd=box.dir, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        rows = [line.split("|") for line in box.run("squeue", "-h", "-o", "%F|%j|%E").splitlines()]
+    finally:
+        box.down()
+    names: dict[str, str] = {}
+    for number, (job_id, name, _) in enumerate(sorted(rows, key=lambda row: int(row[0]))):
+        template = name.removeprefix("astro-").replace("-", "_")
+        arm = "direct" if number > 6 and template in ("sft", "select", "rl") else "astro"
+        names[job_id] = JOB_OF[template].replace("astro", arm)
+    after = {names[job_id]: {names[each] for each in re.findall(r"afterok:(\d+)", deps)} for job_id, _, deps in rows}
+    assert after == {name: set(job.after) for name, job in graph.items()}
