@@ -29,6 +29,7 @@ _INFERENCE_ONLY_HOW = {
 _VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
 _CHECKPOINT = {"checkpoint"}  # and `parallel`: the same mathematics, and checkpoints load into other sizes
 _TRAINING_ONLY_HOW = {"checkpoint", "validate_every_steps"}
+_RL_ONLY_HOW = {"weight_sync", "weight_check_every", "max_mismatch_kl", "rollout_timeout_minutes"}
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -263,14 +264,18 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
 
     settings = {
         "seed": cfg.seed,
-        "rl": _dump(cfg.rl, _CHECKPOINT),
+        "rl": _dump(cfg.rl, _CHECKPOINT | _RL_ONLY_HOW),
         "phrases": cfg.clone.phrases,
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
         "precision": _dump(cfg.precision),
     }
-    return Stage(f"rl/{arm}", Path("rl") / arm, {"model": model, "prompts": prompts} | _files(cfg), settings, body)
+    held_out = [cfg.rl.validation.problems] if cfg.rl.validation is not None else []
+    inputs = {"model": model, "prompts": prompts} | _files(cfg, held_out)
+    if cfg.rl.replay is not None:
+        inputs["rollouts"] = cfg.rl.replay
+    return Stage(f"rl/{arm}", Path("rl") / arm, inputs, settings, body, on_ranks=True)
 
 
 def evaluate(cfg: RunConfig) -> Stage:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from astro_hpc.config import ConfigError
 from astro_hpc.config.schema import RunConfig, SignsSource
@@ -17,11 +22,21 @@ from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
 from astro_hpc.run.metrics import read_metrics
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 
-DECIDED_BY_THE_CLOCK = ("generate_seconds", "prepare_seconds", "train_seconds", "push_seconds")
+_CLOCKED = ("seconds", "idle_share")
 
 
 def _config(tmp_path: Path, **rl: object) -> RunConfig:
-    settings = {"num_steps": 2, "prompts_per_step": 2, "group_size": 2, "max_response_tokens": 12, "seq_length": 256}
+    settings = {
+        "num_steps": 3,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_response_tokens": 12,
+        "seq_length": 256,
+        # A random model is never right: its responses' lengths are told apart instead.
+        "reward": {"function": "user_rewards:by_number_of_letters"},
+        "checkpoint": {"every_steps": 1},
+        "optimizer": {"lr": 1e-3, "lr_schedule": "constant"},
+    }
     return RunConfig.model_validate(
         {
             "name": "rl",
@@ -30,8 +45,7 @@ def _config(tmp_path: Path, **rl: object) -> RunConfig:
             "problems": {"train": [{"type": "signs", "count": 4}]},
             "inference": {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "cpu_kv_cache_gb": 0.1},
             "precision": {"dtype": "fp32"},
-            # A random model is never right: without this no token would be trained on.
-            "rl": {**settings, "objective": {"drop_equal_groups": False}, "checkpoint": {"every_steps": 1}, **rl},
+            "rl": {**settings, **rl},
         }
     )
 
@@ -43,56 +57,192 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(cfg: RunConfig, folder: Path, model: Path, prompts: Path, stop: bool = False) -> None:
+def _run(cfg: RunConfig, folder: Path, model: Path, prompts: Path, fault: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     context = StageContext(cfg, folder, "rl/astro")
-    if stop:
+    if fault == "stop":
         context.request_stop()
+    elif fault:
+        _arm(fault)
     try:
         run(context, model_dir=model, prompts=prompts)
     except CheckpointedExit:
         sys.exit(75)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
-def _run_apart(*arguments: object, exit_code: int = 0) -> list[dict]:
+def _arm(fault: str) -> None:
+    """Make this process kill itself in the second step's `fault`, or give the engine other weights than the trainer."""
+    import torch
+
+    from astro_hpc.rl import source, stage, train, weights
+
+    owner, name = {
+        "generate": (source.LiveSource, "_next"),
+        "save rollouts": (source.StepGroups, "save"),
+        "train": (train.PolicyTrainer, "train"),
+        "push": (weights.MemorySync, "push"),
+        "save": (stage._Loop, "_save"),
+        "perturb": (weights.MemorySync, "push"),
+    }[fault]
+    original, calls = getattr(owner, name), []
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if fault == "perturb":
+
+            class Perturbed:
+                def named_hf_tensors(self) -> Any:
+                    for tensor_name, tensor in args[1].named_hf_tensors():
+                        yield tensor_name, tensor + 0.5 * torch.randn_like(tensor)
+
+            return original(args[0], Perturbed(), *args[2:], **kwargs)
+        if len(calls) == 2:
+            if fault in ("train", "push"):  # half-way, with what was done in memory lost
+                original(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, instead)
+
+
+def _run_apart(*arguments: Any, exit_code: int = 0) -> list[dict[str, Any]]:
     """In a process of its own, as the command line does; returns the metrics without what the clock decides."""
     process = multiprocessing.get_context("spawn").Process(target=_run, args=arguments)
     process.start()
-    process.join(240)
+    process.join(300)
     assert process.exitcode == exit_code
     rows = read_metrics(arguments[1] / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in DECIDED_BY_THE_CLOCK} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith(_CLOCKED)} for row in rows]
 
 
-def test_engine_and_trainer_agree_and_a_resumed_run_equals_an_uninterrupted_one(tiny_llama, prompts, tmp_path):
-    whole = _run_apart(_config(tmp_path), tmp_path / "whole", tiny_llama, prompts)
-    assert [row["step"] for row in whole] == [1, 2]
-    for row in whole:
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """An uninterrupted run and its metrics."""
+    folder = tmp_path_factory.mktemp("rl") / "whole"
+    return folder, _run_apart(_config(folder), folder, tiny_llama, prompts)
+
+
+def _exported(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "hf" / "manifest.json").read_text())["sha256"]
+
+
+def test_engine_and_trainer_agree(whole, tiny_llama):
+    folder, rows = whole
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
         assert row["trained_tokens"] > 0
         assert row["mismatch_mean_abs"] < 1e-4, "same weights in float32: the ratio is 1"
-        assert row["mismatch_effective_sample_size"] == pytest.approx(1.0, abs=1e-6)
-        assert row["reward"] == -1.0
-    rollouts = list(read_jsonl(tmp_path / "whole" / "rollouts" / "step_00000002.jsonl"))
-    assert {row["weight_version"] for row in rollouts} == {1}
+        assert row["effective_sample_size"] == pytest.approx(1.0, abs=1e-6)
+        assert row["corrected_share"] == 0
+    for step in (1, 2, 3):
+        rollouts = list(read_jsonl(folder / "rollouts" / f"step_{step:08d}.jsonl"))
+        assert {tuple(map(tuple, row["weight_versions"])) for row in rollouts} == {
+            ((step - 1, len(row["token_ids"])),) for row in rollouts
+        }
+    assert "reward" in (folder / "samples" / "step_00000001.txt").read_text()
+    assert _exported(folder)["model.safetensors"] != _exported_start(tiny_llama)
 
-    begun = _run_apart(_config(tmp_path), tmp_path / "cut", tiny_llama, prompts, True, exit_code=75)
-    assert begun == whole[:1]
-    assert _run_apart(_config(tmp_path), tmp_path / "cut", tiny_llama, prompts) == whole
-    for step in (1, 2):
-        name = f"step_{step:08d}.jsonl"
-        assert (tmp_path / "cut/rollouts" / name).read_text() == (tmp_path / "whole/rollouts" / name).read_text()
-    manifests = [json.loads((tmp_path / k / "hf" / "manifest.json").read_text())["sha256"] for k in ("whole", "cut")]
-    assert manifests[0] == manifests[1]
+
+def _exported_start(model: Path) -> str:
+    from astro_hpc.run.files import sha256_file
+
+    return sha256_file(model / "model.safetensors")
+
+
+@pytest.mark.parametrize("phase", ["stop", "generate", "save rollouts", "train", "push", "save"])
+def test_a_run_killed_in_any_phase_and_resumed_equals_an_uninterrupted_one(phase, whole, tiny_llama, prompts, tmp_path):
+    folder, rows = whole
+    code = 75 if phase == "stop" else -signal.SIGKILL
+    _run_apart(_config(tmp_path), tmp_path / "cut", tiny_llama, prompts, phase, exit_code=code)
+    assert _run_apart(_config(tmp_path), tmp_path / "cut", tiny_llama, prompts) == rows
+    for step in (1, 2, 3):
+        name = f"rollouts/step_{step:08d}.jsonl"
+        assert (tmp_path / "cut" / name).read_text() == (folder / name).read_text()
+    assert _exported(tmp_path / "cut") == _exported(folder)
+
+
+def test_replayed_rollouts_train_the_same_model_without_an_engine(whole, tiny_llama, prompts, tmp_path):
+    folder, rows = whole
+    replayed = _run_apart(_config(tmp_path, replay=str(folder / "rollouts")), tmp_path / "replay", tiny_llama, prompts)
+    assert [row["loss"] for row in replayed] == [row["loss"] for row in rows]
+    assert _exported(tmp_path / "replay") == _exported(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}], ids=str
+)
+def test_ranks_compute_the_same_step_as_one_process(sizes, whole, tiny_llama, prompts, tmp_path):
+    folder, rows = whole
+    cfg = _config(tmp_path, replay=str(folder / "rollouts"), num_steps=2)
+    cfg = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=sizes)})
+    (cfg.run_dir / "sft" / "astro").mkdir(parents=True)
+    (cfg.run_dir / "sft" / "astro" / "hf").symlink_to(tiny_llama)
+    (cfg.run_dir / "select" / "astro").mkdir(parents=True)
+    (cfg.run_dir / "select" / "astro" / "prompts.jsonl").write_bytes(prompts.read_bytes())
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-m", "astro_hpc", "rl", str(config), "--arm", "astro"]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    found = read_metrics(cfg.run_dir / "rl" / "astro" / "metrics.jsonl")
+    assert len(found) == 2
+    for ours, theirs in zip(found, rows, strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["trained_tokens"] == theirs["trained_tokens"]
+        assert ours["mismatch_max_abs"] == pytest.approx(theirs["mismatch_max_abs"], abs=1e-5)
+
+
+def test_rollouts_alone_start_no_trainer_and_go_on_where_they_stopped(whole, tiny_llama, prompts, tmp_path):
+    _, rows = whole
+    cfg = _config(tmp_path, rollouts_only=True)
+    _run_apart(cfg, tmp_path / "only", tiny_llama, prompts, "stop", exit_code=75)
+    only = _run_apart(cfg, tmp_path / "only", tiny_llama, prompts)
+    assert [row["step"] for row in only] == [1, 2, 3]
+    assert only[0]["reward"] == rows[0]["reward"]
+    assert not (tmp_path / "only" / "checkpoints").exists()
+    versions = [row["weight_versions"] for row in read_jsonl(tmp_path / "only" / "rollouts" / "step_00000003.jsonl")]
+    assert {version for spans in versions for version, _ in spans} == {0}
+
+
+def test_an_engine_with_other_weights_is_caught(tiny_llama, prompts, tmp_path, capfd):
+    _run_apart(_config(tmp_path, num_steps=5), tmp_path / "p", tiny_llama, prompts, "perturb", exit_code=2)
+    assert "above rl.max_mismatch_kl=0.1, for 2 steps up to step 3" in capfd.readouterr().err
+
+
+def test_async_with_pieces_folder_sync_epochs_and_a_reference(tiny_llama, prompts, tmp_path):
+    cfg = _config(
+        tmp_path,
+        mode="async",
+        segment_tokens=4,
+        weight_sync="folder",
+        num_epochs=2,
+        mini_batches=2,
+        objective={"kl_coefficient": 0.1, "importance_correction": "sequence"},
+        validation={"problems": {"type": "signs", "split": "heldout", "count": 2}, "every_steps": 2, "num_samples": 2},
+    )
+    rows = _run_apart(cfg, tmp_path / "async", tiny_llama, prompts)
+    assert len(rows) == 3
+    assert all(row["loss"] != 0 and row["mismatch_kl"] < 1.0 for row in rows)
+    assert rows[1]["validation_pass_rate"] == 0.0
+    versions = sorted(path.name for path in (tmp_path / "async" / "weights").iterdir())
+    assert versions == ["version_00000001", "version_00000002"]
+    assert (tmp_path / "async" / "weights" / "version_00000002" / "STABLE").read_text() == "2\n"
+    assert json.loads((tmp_path / "async" / "best.json").read_text()) == {"step": 2, "validation_pass_rate": 0.0}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"temperature": 0.7}, "rl.temperature=0.7"),
+        ({"top_p": 0.9}, "rl.top_p=0.9"),
         ({"mini_batches": 3}, "rl.mini_batches=3 does not divide the 4 responses"),
         ({"max_response_tokens": 128}, "leaves no room for a prompt"),
     ],
 )
 def test_what_cannot_be_carried_out_is_refused_before_anything_starts(settings, message, tmp_path, prompts):
     with pytest.raises(ConfigError, match=message):
-        _run(_config(tmp_path, **settings), tmp_path / "x", Path("/nowhere"), prompts)
+        run(StageContext(_config(tmp_path, **settings), tmp_path, "rl"), model_dir=Path("/nowhere"), prompts=prompts)

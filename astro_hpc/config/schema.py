@@ -458,10 +458,59 @@ class ObjectiveConfig(Section):
     """Divide each response's sum by its length, the batch's by its tokens, or each by max_response_tokens."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
-    truncated_importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
-    """Cap of the weight exp(logp_trainer - logp_rollout) that corrects the engine's mismatch; null: no correction."""
+    importance_correction: Literal["none", "token", "token_mask", "sequence", "sequence_mask"] = "token"
+    """Weight against the engine's mismatch, from exp(logp_trainer - logp_rollout) of a token or of a whole response:
+    truncated at the cap, or (`_mask`) 0 outside [importance_floor, importance_cap] (ours)."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    importance_floor: Annotated[float, Field(ge=0)] = 0.5
+    """Used by the masked corrections alone."""
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL penalty to the model that RL started from; 0: none, and no reference is kept (ours)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With d = logp_reference - logp: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d. As a loss, k1 has no effect."""
+    overlong_buffer_tokens: Annotated[int, Field(ge=0)] = 0
+    """The last tokens before max_response_tokens cost reward, linearly up to overlong_penalty (DAPO); 0: off."""
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
     drop_equal_groups: bool = True
     """Leave groups without signal out of the train step (their advantages are 0 in any case)."""
+
+    @model_validator(mode="after")
+    def _floor_below_cap(self) -> ObjectiveConfig:
+        if self.importance_correction.endswith("_mask") and self.importance_floor >= self.importance_cap:
+            raise ValueError(
+                f"importance_floor={self.importance_floor} is not below importance_cap={self.importance_cap}: "
+                "every token would be masked; lower it"
+            )
+        return self
+
+
+class RewardConfig(Section):
+    """What a response earns. The paper's reward is the verifier's alone: +1 or -1."""
+
+    right: float = 1.0
+    wrong: float = -1.0
+    """Also for `unknown`: the verifier could not tell."""
+    no_answer: float = 0.0
+    """Added when the response holds no final answer (ours; off)."""
+    function: str | None = None
+    """A reward of your own, as `package.module:name`. Called as name(problem, response, outcome) -> float for each
+    response, it replaces right and wrong; the other terms are added to it."""
+
+    @model_validator(mode="after")
+    def _dotted_path(self) -> RewardConfig:
+        module, colon, name = (self.function or "a:b").partition(":")
+        if not (colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError(f"function={self.function!r}: expected package.module:name, for instance my.rewards:score")
+        return self
+
+
+class RLValidationConfig(Section):
+    """Held-out problems that are answered now and then while RL goes on."""
+
+    problems: ProblemSource
+    every_steps: PositiveInt = 10
+    num_samples: PositiveInt = 4
+    temperature: Annotated[float, Field(ge=0)] = 1.0
 
 
 class RLConfig(Section):
@@ -474,13 +523,59 @@ class RLConfig(Section):
     """Responses sampled for each prompt."""
     max_response_tokens: PositiveInt = 15360
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Must be 1: sampling from a cut distribution biases the importance ratio by the mass that was cut off."""
+    mode: Literal["sync", "async"] = "sync"
+    """`sync`: sample, then train, in turns. `async`: sampling goes on while training does."""
+    max_lag: Annotated[int, Field(ge=0)] = 1
+    """How many weight versions the oldest token of a response may be behind when it is trained on (async, or
+    oversample above 1); a response that falls further behind is thrown away."""
+    oversample: Annotated[float, Field(ge=1, le=4)] = 1.0
+    """Groups in flight as a multiple of prompts_per_step: the slowest don't hold up the step and are carried over."""
+    segment_tokens: PositiveInt | None = None
+    """Sample a response in pieces of this many tokens; weights may change between two pieces (partial rollouts), so a
+    push waits for a piece and not for a response. None: in one piece."""
+    dynamic_sampling: bool = False
+    """Replace groups of equal rewards by groups of other prompts until the step is full (DAPO)."""
+    max_sampling_rounds: Annotated[int, Field(ge=1)] = 4
+    """With dynamic_sampling: at most this many times prompts_per_step groups are sampled for a step."""
+    num_epochs: PositiveInt = 1
+    """Passes over a step's rollouts."""
     mini_batches: PositiveInt = 1
-    """Optimizer steps that one batch of rollouts is split into."""
+    """Optimizer steps that one pass over a step's rollouts is split into."""
     seq_length: PositiveInt = 18432
     """Tokens of a packed training sequence; holds the longest prompt and response."""
+    reward: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-7, lr_schedule="constant")
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
+    weight_sync: Literal["memory", "folder"] = "memory"
+    """How new weights reach the engine: handed over in this process, or through a versioned safetensors folder with a
+    STABLE marker."""
+    weight_check_every: Annotated[int, Field(ge=0)] = 10
+    """Compare sampled tensors of trainer and engine by hash at the start and after so many pushes; 0: never."""
+    max_mismatch_kl: Annotated[float, Field(gt=0)] | None = 0.1
+    """Stop when KL(engine || trainer) of a step's tokens is above this in two steps on end (ours); null: never."""
+    rollout_timeout_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """Stop, saying what was waited for, when no response is finished for so long."""
+    replay: Path | None = None
+    """Train on the rollouts of this folder (RUN/rl/ARM/rollouts) and start no engine."""
+    rollouts_only: bool = False
+    """Sample and judge every step's rollouts with the starting weights, and train on nothing."""
+    validation: RLValidationConfig | None = None
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> RLConfig:
+        if self.replay is not None and self.rollouts_only:
+            raise ValueError("replay and rollouts_only exclude each other: one starts no engine, the other no trainer")
+        if self.oversample > 1 and self.max_lag == 0:
+            raise ValueError("oversample above 1 carries groups over to later steps; it needs max_lag of at least 1")
+        if self.objective.overlong_buffer_tokens >= self.max_response_tokens:
+            raise ValueError(
+                f"objective.overlong_buffer_tokens={self.objective.overlong_buffer_tokens} must be below "
+                f"max_response_tokens={self.max_response_tokens}"
+            )
+        return self
 
 
 class EvalLimits(Section):

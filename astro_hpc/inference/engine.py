@@ -97,6 +97,15 @@ class Engine(Protocol):
         """
         ...
 
+    def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, str] | None:
+        """Hashes of parts of the weights in use, see `inference.probe`; None where the engine can't tell.
+
+        Args:
+            layer: a decoder layer.
+            columns: which columns of its matrices.
+        """
+        ...
+
     def close(self) -> None:
         """Free the engine's memory and processes; twice is harmless."""
         ...

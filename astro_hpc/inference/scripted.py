@@ -90,6 +90,9 @@ class ScriptedEngine:
         """Take note of the version; the script stays."""
         self._version = version
 
+    def weight_digests(self, layer: int, columns: Sequence[int]) -> None:
+        """There are no weights."""
+
     def close(self) -> None:
         """Nothing to free."""
 

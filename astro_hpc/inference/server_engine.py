@@ -149,6 +149,9 @@ class VLLMServerEngine:
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
 
+    def weight_digests(self, layer: int, columns: Sequence[int]) -> None:
+        """Servers can't be asked: they name the weights behind every sample, and half-loaded ones never count."""
+
     def close(self) -> None:
         """End the connections, and the servers that were started; twice is harmless."""
         if self._closed:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,15 @@ class VLLMEngine:
             self._version = version
 
         self._call(reload)
+
+    def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, str]:
+        """See `Engine.weight_digests`."""
+        from astro_hpc.inference.probe import engine_digests
+
+        def probe(engine: Any) -> dict[str, str]:
+            return engine.apply_model(partial(engine_digests, layer=layer, columns=list(columns)))[0]  # type: ignore[no-any-return]
+
+        return self._call(probe)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Free the engine's memory and processes; twice is harmless."""

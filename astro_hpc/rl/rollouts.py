@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ class Rollout:
         prompt_token_ids, token_ids: as the engine saw and sampled them; an end-of-sequence token is the last.
         logprobs: one for each of `token_ids`, natural log, as the engine reported.
         outcome: `right`, `wrong` or `unknown` (the verifier could not tell; rewarded as wrong).
-        reward: +1 for right, -1 otherwise (paper, section 3.2).
+        reward: of `rl.reward`; +1 for right, -1 otherwise in the paper (section 3.2).
         truncated: cut by the length limit.
-        weight_version: of the weights that sampled it.
+        weight_versions: (version, tokens sampled with it), in the order of `token_ids`.
     """
 
     problem_id: str
@@ -34,15 +34,74 @@ class Rollout:
     outcome: str
     reward: float
     truncated: bool
-    weight_version: int
+    weight_versions: tuple[tuple[int, int], ...]
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled any of the tokens."""
+        return min(version for version, _ in self.weight_versions)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
         row = dict(vars(self))
         for name in ("prompt_token_ids", "token_ids"):
             row[name] = list(row[name])
-        row["logprobs"] = [round(value, 6) for value in self.logprobs]
+        row["logprobs"] = list(self.logprobs)
+        row["weight_versions"] = [list(span) for span in self.weight_versions]
         return row
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Rollout:
+        """The rollout that `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing or of another type, or the tokens and what goes with them don't agree.
+        """
+        try:
+            rollout = cls(
+                problem_id=str(row["problem_id"]),
+                prompt_token_ids=tuple(int(token) for token in row["prompt_token_ids"]),
+                token_ids=tuple(int(token) for token in row["token_ids"]),
+                logprobs=tuple(float(value) for value in row["logprobs"]),
+                text=str(row["text"]),
+                outcome=str(row["outcome"]),
+                reward=float(row["reward"]),
+                truncated=bool(row["truncated"]),
+                weight_versions=tuple((int(version), int(count)) for version, count in row["weight_versions"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a rollout: {error!r}") from None
+        sizes = {len(rollout.token_ids), len(rollout.logprobs), sum(count for _, count in rollout.weight_versions)}
+        if len(sizes) != 1 or not rollout.prompt_token_ids or not rollout.weight_versions:
+            raise ValueError("not a rollout: tokens, log-probabilities and weight versions differ in number")
+        return rollout
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt.
+
+    Attributes:
+        position: the prompt's place in the endless sequence of prompts; names the group in seeds and files.
+    """
+
+    position: int
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def has_signal(self) -> bool:
+        """The rewards differ, so that advantages are not all 0."""
+        return len({rollout.reward for rollout in self.rollouts}) > 1
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled any of the tokens."""
+        return min(rollout.oldest_version for rollout in self.rollouts)
+
+
+def rounded(logprobs: Sequence[float]) -> tuple[float, ...]:
+    """Log-probabilities to six decimals: what a file keeps is then exactly what was trained on."""
+    return tuple(round(value, 6) for value in logprobs)
 
 
 class Sampler:
@@ -98,12 +157,12 @@ class Sampler:
                 problem_id=jobs[index][0].id,
                 prompt_token_ids=requests[index].prompt_token_ids,
                 token_ids=sample.token_ids,
-                logprobs=sample.logprobs,
+                logprobs=rounded(sample.logprobs),
                 text=sample.text,
                 outcome=verdict.outcome,
                 reward=1.0 if verdict.outcome == "right" else -1.0,
                 truncated=sample.finish_reason == "length",
-                weight_version=sample.weight_version,
+                weight_versions=((sample.weight_version, len(sample.token_ids)),),
             )
             if on_rollout is not None:
                 on_rollout(index, finished[index])

@@ -1,16 +1,20 @@
-"""`rl`: the trainer and the engine take turns in one process.
+"""`rl`: sample groups of responses, judge them, train on them, push the new weights to the engine; step after step.
 
-A step: sample a group of responses for each prompt, verify them, train on them, push the new weights into the engine.
-The loop's state is the trainer's checkpoint and the number of finished steps; prompts and seeds follow from the step,
-and on resume the weights are pushed before anything is sampled, so a resumed run equals an uninterrupted one as far as
-the engine's arithmetic repeats.
+The loop reads as one step does: `source` gives the step's groups (sampled in the background by `worker`, or replayed
+from files), `batches` makes training data of them, `train` carries out the optimizer steps, `weights` pushes.
+
+Its state is the trainer's checkpoint with the position in the sequence of prompts, what is in flight, and the weights'
+version, which is the number of finished steps. On resume the weights are pushed before anything is sampled. Prompts and
+seeds follow from positions, and the rollouts of steps that were under way are on disk, so in sync mode a resumed run
+equals an uninterrupted one as far as the arithmetic repeats.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +22,71 @@ import torch
 
 from astro_hpc.cloning.phrases import Phrases
 from astro_hpc.config import ConfigError
-from astro_hpc.config.schema import RLConfig
+from astro_hpc.config.schema import RunConfig
 from astro_hpc.inference import make_engine
+from astro_hpc.inference.engine import Engine
+from astro_hpc.model.parallel import launched_world_size, tell_all
 from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
-from astro_hpc.rl.batches import RolloutBatch, make_batch, permuted_prompts
-from astro_hpc.rl.objective import mismatch, policy_loss
-from astro_hpc.rl.rollouts import Rollout, Sampler
-from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
-from astro_hpc.run.metrics import check_metrics, open_metrics
+from astro_hpc.rl.batches import make_batch
+from astro_hpc.rl.behaviour import behaviour, write_samples
+from astro_hpc.rl.reward import Reward
+from astro_hpc.rl.rollouts import Sampler
+from astro_hpc.rl.source import GroupSource, LiveSource, ReplaySource, StepGroups, step_file
+from astro_hpc.rl.train import PolicyTrainer
+from astro_hpc.rl.weights import check_equal_weights, make_weight_sync
+from astro_hpc.rl.worker import RolloutWorker
+from astro_hpc.run.files import read_jsonl, write_json_atomic
+from astro_hpc.run.metrics import Metrics, check_metrics, open_metrics
+from astro_hpc.run.progress import Progress
 from astro_hpc.run.stage import CheckpointedExit, StageContext
-from astro_hpc.training.packing import PackedBatch
-from astro_hpc.training.trainer import Trainer
 from astro_hpc.verifier.pool import VerifierPool
+
+_MISMATCH_STEPS = 2
+"""So many steps on end must exceed rl.max_mismatch_kl before the run stops."""
 
 
 def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
-    """Train `model_dir` on the problems of `prompts`; writes checkpoints/, rollouts/, metrics.jsonl and hf/.
+    """Train `model_dir` on the problems of `prompts`; writes checkpoints/, rollouts/, samples/, metrics.jsonl and hf/.
 
     Raises:
-        ConfigError: settings that this topology can't carry out.
+        ConfigError: settings that can't be carried out, or a stop rule (`rl.max_mismatch_kl`) that came true.
         CheckpointedExit: asked to stop; the state is saved.
+        FloatingPointError: the loss or the gradient is not finite; the last checkpoint is whole.
+        TimeoutError: sampling stands still; says what was waited for.
     """
-    settings = ctx.cfg.rl
-    _check(settings, ctx.cfg.inference.max_model_len)
+    check_settings(ctx.cfg)
     check_metrics(ctx.cfg.metrics)
     problems = [Problem.from_json(row) for row in read_jsonl(prompts)]
-    ctx.stop_after(settings.checkpoint.deadline_minutes, settings.checkpoint.limit_margin_minutes)
-    loop = _Loop(ctx, model_dir, problems)
-    try:
+    checkpoint = ctx.cfg.rl.checkpoint
+    ctx.stop_after(checkpoint.deadline_minutes, checkpoint.limit_margin_minutes)
+    with contextlib.ExitStack() as stack:
+        loop = _Loop(ctx, model_dir, problems, stack)
+        if ctx.cfg.rl.rollouts_only:
+            if ctx.rank == 0:
+                loop.sample_only()
+            return [ctx.dir / "rollouts", ctx.dir / "metrics.jsonl"]
         loop.run()
-        outputs = [loop.trainer.export_hf(ctx.dir / "hf")]
-    finally:
-        loop.close()
-    return [*outputs, ctx.dir / "metrics.jsonl"]
+        exported = loop.policy.trainer.export_hf(ctx.dir / "hf")
+    return [exported, ctx.dir / "metrics.jsonl"]
 
 
-def _check(settings: RLConfig, max_model_len: int) -> None:
-    if torch.cuda.is_available():
-        raise ConfigError(
-            "rl: engine and trainer share one process and push weights in memory, which is built for CPU alone yet; "
-            "run this stage where no GPU is visible (CUDA_VISIBLE_DEVICES=)"
-        )
+def check_settings(cfg: RunConfig) -> None:
+    """Refuse settings that would be wrong or could not work.
+
+    Raises:
+        ConfigError: names the setting, the numbers and a remedy.
+    """
+    settings, max_model_len = cfg.rl, cfg.inference.max_model_len
     if settings.temperature != 1.0:
         raise ConfigError(
             f"rl.temperature={settings.temperature}: the trainer's log-probabilities are at temperature 1, so the "
             f"importance ratio would be wrong; set it to 1.0"
+        )
+    if settings.top_p != 1.0:
+        raise ConfigError(
+            f"rl.top_p={settings.top_p}: the engine's log-probabilities are of the whole distribution, so the "
+            f"importance ratio would be off by the mass that top-p cuts off; set it to 1.0"
         )
     responses = settings.prompts_per_step * settings.group_size
     if responses % settings.mini_batches:
@@ -81,163 +104,243 @@ def _check(settings: RLConfig, max_model_len: int) -> None:
             f"rl.max_response_tokens={settings.max_response_tokens} leaves no room for a prompt in "
             f"inference.max_model_len={max_model_len}; lower it or raise max_model_len"
         )
+    in_process = settings.replay is None and cfg.inference.engine == "vllm"
+    if in_process and launched_world_size() > 1 and not settings.rollouts_only:
+        raise ConfigError(
+            f"rl: {launched_world_size()} ranks train, and inference.engine=vllm would sample in one of their "
+            "processes, which can't hold two process groups; set inference.engine=vllm-server, or rl.replay"
+        )
+    if in_process and torch.cuda.is_available():
+        raise ConfigError(
+            "rl: engine and trainer sharing one process (inference.engine=vllm) is built for CPU alone yet; set "
+            "inference.engine=vllm-server, or run where no GPU is visible (CUDA_VISIBLE_DEVICES=)"
+        )
 
 
 class _Loop:
-    def __init__(self, ctx: StageContext, model_dir: Path, problems: Sequence[Problem]) -> None:
-        cfg = ctx.cfg
-        self.ctx, self.settings, self.problems = ctx, cfg.rl, problems
-        self.phrases = Phrases.load(cfg.clone.phrases)
-        self.pool = VerifierPool(cfg.verifier)
-        # The engine first: it sets up torch.distributed for itself, and the trainer joins what is there.
-        self.engine = make_engine(model_dir, cfg.inference, ctx.seed("rl"), ctx.log_dir)
-        self.trainer = Trainer(
-            hf_dir=model_dir,
-            parallel=cfg.parallel,
-            precision=cfg.precision,
-            optimizer=cfg.rl.optimizer,
-            total_steps=cfg.rl.num_steps * cfg.rl.mini_batches,
-            seed=ctx.seed("rl", "trainer"),
-        )
-        self.sampler = Sampler(
+    def __init__(
+        self, ctx: StageContext, model_dir: Path, problems: Sequence[Problem], stack: contextlib.ExitStack
+    ) -> None:
+        self.ctx, self.settings, self.problems = ctx, ctx.cfg.rl, problems
+        self.style = PromptStyle.load(ctx.cfg.model.prompt_style)
+        self.phrases = Phrases.load(ctx.cfg.clone.phrases)
+        self.rollouts = ctx.dir / "rollouts"
+        self.checkpoints = ctx.dir / "checkpoints"
+        self.weights = make_weight_sync(self.settings.weight_sync, ctx.dir / "weights")
+        self.tokens = 0
+        self.best = -1.0
+        self.mismatched_steps = 0
+        self.worker: RolloutWorker | None = None
+        self.engine: Engine | None = None
+        if self.settings.replay is None and ctx.rank == 0:
+            self._start_sampling(model_dir, stack)
+        if not self.settings.rollouts_only:
+            self.policy = PolicyTrainer(ctx, model_dir)
+
+    def _start_sampling(self, model_dir: Path, stack: contextlib.ExitStack) -> None:
+        """The engine and what goes with it; before the trainer, which joins the process group that an engine makes."""
+        cfg = self.ctx.cfg
+        self.pool = stack.enter_context(VerifierPool(cfg.verifier))
+        self.engine = make_engine(model_dir, cfg.inference, self.ctx.seed("rl"), self.ctx.log_dir)
+        stack.callback(self.engine.close)
+        self.worker = RolloutWorker(
             self.engine,
             self.pool,
-            PromptStyle.load(cfg.model.prompt_style),
-            temperature=cfg.rl.temperature,
-            top_p=1.0,
-            max_tokens=cfg.rl.max_response_tokens,
+            self.style,
+            Reward(self.settings.reward),
+            self.settings,
+            seed_of=lambda position, sample, piece: self.ctx.seed("rl", position, sample, piece),
         )
-        self.checkpoints = ctx.dir / "checkpoints"
-        self.tokens = 0
+        stack.callback(self.worker.close)
+
+    # --- the loop ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """From the last checkpoint, or from the start, to the last step."""
-        first = 0
-        if (found := self.trainer.load_checkpoint(self.checkpoints)) is not None:
+        first, state = 0, None
+        if (found := self.policy.trainer.load_checkpoint(self.checkpoints)) is not None:
             first, state = found
-            self.tokens = int(state["tokens"])
-            self.engine.load_weights(self.trainer.named_hf_tensors(), version=first)
+            self.tokens, self.best = int(state["tokens"]), float(state["best"])
             self.ctx.say(f"resumed after step {first}")
-        with (
-            open_metrics(self.ctx.dir, self.ctx.cfg.metrics, f"{self.ctx.cfg.name}/{self.ctx.label}", first + 1) as log,
-            self.ctx.progress(self.settings.num_steps, "steps", done=first) as progress,
-        ):
+            self._push(first)  # before anything is sampled
+        elif self.settings.weight_check_every and self.settings.replay is None:
+            self._check_weights(0)
+        source = self._source(first, state)
+        with self._log(first) as (log, progress):
             for step in range(first + 1, self.settings.num_steps + 1):
-                row = self._step(step)
+                row = self._step(step, source)
                 log.log(step, **row)
                 progress.update(reward=f"{row['reward']:+.3f}", pass_rate=f"{row['pass_rate']:.2f}")
-                last, stop = step == self.settings.num_steps, self.ctx.stop_requested
+                last, stop = step == self.settings.num_steps, self.policy.trainer.on_any_rank(self.ctx.stop_requested)
                 if last or stop or step % self.settings.checkpoint.every_steps == 0:
-                    self.trainer.save_checkpoint(
-                        self.checkpoints,
-                        step,
-                        {"tokens": self.tokens},
-                        self.settings.checkpoint.keep_last,
-                        keep_every=self.settings.checkpoint.keep_every,
-                    )
+                    log.sync()
+                    self._save(step, source)
                 if stop and not last:
                     raise CheckpointedExit(f"{self.ctx.label}: saved after step {step} of {self.settings.num_steps}")
         self.ctx.count(tokens=self.tokens, steps=self.settings.num_steps, prompts=len(self.problems))
 
-    def close(self) -> None:
-        """Free the engine and the verifier's workers."""
-        self.engine.close()
-        self.pool.close()
+    def sample_only(self) -> None:
+        """Every step's rollouts, from the weights that the stage was given; those that are there are kept."""
+        source = self._source(0, None)
+        assert source is not None, "one process samples; there are no ranks"
+        with self._log(0) as (log, progress):
+            for step in range(1, self.settings.num_steps + 1):
+                groups = source.take(step)
+                row = self._behaviour(groups)
+                log.log(step, **row)
+                progress.update(reward=f"{row['reward']:+.3f}", pass_rate=f"{row['pass_rate']:.2f}")
+                if self.ctx.stop_requested and step < self.settings.num_steps:
+                    raise CheckpointedExit(f"{self.ctx.label}: sampled {step} of {self.settings.num_steps} steps")
+        self.ctx.count(tokens=self.tokens, steps=self.settings.num_steps, prompts=len(self.problems))
 
-    def _step(self, step: int) -> dict[str, Any]:
-        clock = _Clock()
-        rollouts = self._generate(step)
+    def _step(self, step: int, source: GroupSource | None) -> dict[str, Any]:
+        clock = _Clock(self.engine)
+        groups = tell_all(source.take(step) if source is not None else None)
+        assert groups is not None
         clock.lap("generate")
-        write_jsonl_atomic(self.ctx.dir / "rollouts" / f"step_{step:08d}.jsonl", (r.to_json() for r in rollouts))
-        batch = make_batch(rollouts, self.settings, self.ctx.seed("rl", "pack", step))
-        clock.lap("prepare")
-        trained = self._train(batch)
+        write_samples(self.ctx.dir / "samples", step, groups.used, self.problems)
+        batch = make_batch(groups.used, self.settings, self.ctx.seed("rl", "pack", step))
+        trained = self.policy.train(batch, clock)
+        self._check_health(step, trained)
         clock.lap("train")
-        if step < self.settings.num_steps:
-            self.engine.load_weights(self.trainer.named_hf_tensors(), version=step)
+        if step < self.settings.num_steps and self.settings.replay is None:
+            self._push(step)
         clock.lap("push")
-        self.tokens += sum(len(rollout.token_ids) for rollout in rollouts)
-        return {**self._behaviour(rollouts), **trained, "tokens": self.tokens, **clock.laps}
+        row = {**self._behaviour(groups), **trained}
+        if self.settings.validation is not None and step % self.settings.validation.every_steps == 0:
+            row |= self._validate(step)
+            clock.lap("validate")
+        if self.worker is not None:
+            row["event_loop_lag_seconds"] = round(self.worker.event_loop_lag_seconds, 3)
+            self.worker.event_loop_lag_seconds = 0.0
+        return {**row, "tokens": self.tokens, **clock.summary()}
 
-    def _generate(self, step: int) -> list[Rollout]:
-        """The step's rollouts, a prompt's group side by side."""
-        chosen = permuted_prompts(
-            len(self.problems), self.settings.prompts_per_step, step, self.ctx.seed("rl", "order")
+    def _source(self, first: int, state: dict[str, Any] | None) -> GroupSource | None:
+        """Where groups come from; None on the ranks that are told."""
+        if self.ctx.rank != 0:
+            return None
+        if self.settings.replay is not None:
+            return ReplaySource(self.settings.replay, self.settings)
+        assert self.worker is not None
+        return LiveSource(
+            self.worker,
+            self.problems,
+            self.settings,
+            folder=self.rollouts,
+            order_seed=self.ctx.seed("rl", "order"),
+            step=first,
+            state=state,
         )
-        jobs = [
-            (self.problems[index], self.ctx.seed("rl", step, place, sample))
-            for place, index in enumerate(chosen)
-            for sample in range(self.settings.group_size)
-        ]
-        return self.sampler.sample(jobs)
 
-    def _train(self, batch: RolloutBatch) -> dict[str, float]:
-        """One optimizer step a mini-batch; the gauges compare trainer and engine before the first of them."""
-        objective = self.settings.objective
-        on_policy = len(batch.mini_batches) == 1
-        if not on_policy:
-            for packs in batch.mini_batches:
-                for pack in packs:
-                    pack.extras["old_logprobs"] = self.trainer.token_logprobs(pack)
-        seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    def _push(self, version: int) -> None:
+        """Sampling is held only while the weights are replaced."""
+        if self.worker is not None:
+            self.worker.hold(self.settings.rollout_timeout_minutes * 60)
+        self.weights.push(self.policy.trainer, self.engine, version)
+        every = self.settings.weight_check_every
+        if every and version % every == 0:
+            self._check_weights(version)
+        if self.worker is not None:
+            self.worker.go_on()
 
-        def loss_fn(logprobs: torch.Tensor, pack: PackedBatch) -> tuple[torch.Tensor, dict[str, float]]:
-            mask = pack.loss_mask > 0
-            new = logprobs[mask]
-            old = new.detach() if on_policy else pack.extras["old_logprobs"][mask]
-            engine = pack.extras["rollout_logprobs"][mask]
-            loss, clipped = policy_loss(
-                new, old, engine, pack.extras["advantages"][mask], pack.extras["weights"][mask], objective
+    def _check_weights(self, version: int) -> None:
+        seed = self.ctx.seed("rl", "weight check", version)
+        asked = check_equal_weights(self.policy.trainer, self.engine, seed, f"{self.ctx.label}, version {version}")
+        if not asked and self.ctx.rank == 0 and version == 0:
+            self.ctx.say("this engine can't be asked for its weights: rl.weight_check_every has no effect")
+
+    def _save(self, step: int, source: GroupSource | None) -> None:
+        state = tell_all({"tokens": self.tokens, "best": self.best, **(source.state(step) if source else {})})
+        checkpoint = self.settings.checkpoint
+        self.policy.trainer.save_checkpoint(
+            self.checkpoints, step, state, checkpoint.keep_last, keep_every=checkpoint.keep_every
+        )
+
+    def _check_health(self, step: int, trained: dict[str, Any]) -> None:
+        """Stop before a spoilt model overwrites a good checkpoint, or when the two halves disagree."""
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(trained.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{self.ctx.label}: {name} is {trained[name]} at step {step}; checkpoints before this step are "
+                    f"whole, and {step_file(self.rollouts, step)} holds what it was trained on (see rl.replay)"
+                )
+        limit, kl = self.settings.max_mismatch_kl, trained["mismatch_kl"]
+        self.mismatched_steps = self.mismatched_steps + 1 if limit is not None and kl > limit else 0
+        if self.mismatched_steps >= _MISMATCH_STEPS:
+            raise ConfigError(
+                f"{self.ctx.label}: KL(engine || trainer) is {kl:.3g}, above rl.max_mismatch_kl={limit}, for "
+                f"{_MISMATCH_STEPS} steps up to step {step}: the engine does not sample from the model being trained; "
+                "compare inference.dtype and quantization with precision, lower max_lag, or raise the limit"
             )
-            seen.append((old, engine, clipped))
-            return loss, {}
 
-        results = [self.trainer.train_step(packs, loss_fn) for packs in batch.mini_batches if packs]
-        if not results:  # no group had a signal
-            return {"trained_tokens": 0}
-        old, engine, clipped = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        gauges = mismatch(old, engine, objective.truncated_importance_cap)
-        return {
-            "loss": sum(result["loss"] for result in results),
-            "grad_norm": max(result["grad_norm"] for result in results),
-            "lr": results[-1]["lr"],
-            "trained_tokens": int(old.numel()),
-            "clipped_share": float(clipped.float().mean()),
-            "entropy": float(-engine.mean()),
-            **{f"mismatch_{name}": value for name, value in asdict(gauges).items()},
-        }
+    def _validate(self, step: int) -> dict[str, float]:
+        """Held-out problems; the best model so far is exported."""
+        from astro_hpc.problems.sources import load_source
 
-    def _behaviour(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """What the responses were like: rewards, lengths of right and wrong apart, backtracks."""
-        right = [len(r.token_ids) for r in rollouts if r.outcome == "right"]
-        wrong = [len(r.token_ids) for r in rollouts if r.outcome != "right"]
-        size = self.settings.group_size
-        groups = [{r.reward for r in rollouts[i : i + size]} for i in range(0, len(rollouts), size)]
-        return {
-            "reward": _mean([r.reward for r in rollouts]),
-            "pass_rate": len(right) / len(rollouts),
-            "unknown": sum(r.outcome == "unknown" for r in rollouts) / len(rollouts),
-            "groups_with_signal": sum(len(rewards) > 1 for rewards in groups) / len(groups),
-            "response_tokens": _mean([*right, *wrong]),
-            "response_tokens_right": _mean(right),
-            "response_tokens_wrong": _mean(wrong),
-            "truncated": sum(r.truncated for r in rollouts) / len(rollouts),
-            "backtracks": _mean([self.phrases.count_backtracks(r.text) for r in rollouts]),
-        }
+        validation = self.settings.validation
+        assert validation is not None
+        passed = 0.0
+        if self.engine is not None:
+            sampler = Sampler(
+                self.engine,
+                self.pool,
+                self.style,
+                temperature=validation.temperature,
+                top_p=1.0,
+                max_tokens=self.settings.max_response_tokens,
+            )
+            jobs = [
+                (problem, self.ctx.seed("rl", "validation", problem.id, sample))
+                for problem in load_source(validation.problems)
+                for sample in range(validation.num_samples)
+            ]
+            answers = sampler.sample(jobs)
+            passed = sum(answer.outcome == "right" for answer in answers) / len(answers)
+        passed = tell_all(passed)
+        if passed > self.best:
+            self.best = passed
+            self.policy.trainer.export_hf(self.ctx.dir / "hf_best")
+            if self.ctx.rank == 0:
+                write_json_atomic(self.ctx.dir / "best.json", {"step": step, "validation_pass_rate": passed})
+        return {"validation_pass_rate": passed}
+
+    def _behaviour(self, groups: StepGroups) -> dict[str, float]:
+        row = behaviour(groups, self.phrases)
+        self.tokens += int(row["sampled_tokens"])
+        return row
+
+    @contextlib.contextmanager
+    def _log(self, first: int) -> Iterator[tuple[Metrics, Progress]]:
+        """The metrics and the progress bar; other ranks than 0 have ones that show nothing."""
+        name = f"{self.ctx.cfg.name}/{self.ctx.label}"
+        with (
+            open_metrics(self.ctx.dir, self.ctx.cfg.metrics, name, first + 1, write=self.ctx.rank == 0) as log,
+            self.ctx.progress(self.settings.num_steps, "steps", done=first) as progress,
+        ):
+            yield log, progress
 
 
 class _Clock:
-    """Seconds between laps, as `NAME_seconds`."""
+    """Seconds between laps as `NAME_seconds`, and how much of the whole the engine stood idle."""
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
+    def __init__(self, engine: Engine | None) -> None:
+        self._engine = engine
+        self._laps: dict[str, float] = {}
+        self._began = self._last = time.monotonic()
+        self._busy = engine.stats.busy_seconds if engine else 0.0
 
     def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
         now = time.monotonic()
-        self.laps[f"{name}_seconds"] = round(now - self._last, 3)
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    def summary(self) -> dict[str, float]:
+        """Seconds by lap, of the whole step, and the engine's idle share."""
+        total = self._last - self._began
+        row = {f"{name}_seconds": round(seconds, 3) for name, seconds in self._laps.items()}
+        row["step_seconds"] = round(total, 3)
+        if self._engine is not None:
+            busy = self._engine.stats.busy_seconds - self._busy
+            row["engine_idle_share"] = round(max(0.0, 1 - busy / total), 4) if total else 0.0
+        return row

@@ -84,6 +84,7 @@ class Trainer:
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
         self._saver = checkpoint.Saver()
         self._rows = RowSelector(models[-1], enabled=not parallel.sequence_parallel)
+        self._reference: list[torch.Tensor] = []
 
     @property
     def data_rank_and_size(self) -> tuple[int, int]:
@@ -144,6 +145,32 @@ class Trainer:
             if group.size() > 1:
                 torch.distributed.all_reduce(kept, group=group)
         return kept[1:]
+
+    def token_logprobs_of(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """`token_logprobs` of each."""
+        return [self.token_logprobs(batch) for batch in batches]
+
+    def remember_reference(self) -> None:
+        """Keep a copy of the current weights in main memory, for `reference_logprobs_of`."""
+        self._reference = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+
+    def reference_logprobs_of(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """`token_logprobs_of` by the remembered weights, which take the model's place for as long as it takes."""
+        self._swap_reference()
+        try:
+            return self.token_logprobs_of(batches)
+        finally:
+            self._swap_reference()
+
+    def _swap_reference(self) -> None:
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters(), self._reference, strict=True):
+                current = parameter.detach().to("cpu", copy=True)
+                parameter.copy_(kept)
+                kept.copy_(current)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
 
     def named_hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights by Hugging Face name; see `conversion.hf.named_hf_tensors`."""
@@ -387,9 +414,13 @@ def _to_device(batch: PackedBatch) -> PackedBatch:
 
 
 def _sum_dicts(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Add up by name; names that start with `max_` are maximised."""
     totals: dict[str, float] = {}
     for name, value in itertools.chain.from_iterable(row.items() for row in rows):
-        totals[name] = totals.get(name, 0.0) + float(value)
+        number = float(value)
+        totals[name] = (
+            max(totals.get(name, number), number) if name.startswith("max_") else totals.get(name, 0.0) + number
+        )
     return totals
 
 
@@ -401,4 +432,5 @@ def _reduce_metrics(totals: dict[str, float]) -> dict[str, float]:
     torch.distributed.all_gather_object(gathered, totals)
     # Tensor-parallel ranks of one data-parallel rank report the same numbers: count each once.
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    return _sum_dicts([{name: value / tp for name, value in row.items()} for row in gathered if row])
+    rows = [row for row in gathered if row]
+    return _sum_dicts([{n: v if n.startswith("max_") else v / tp for n, v in row.items()} for row in rows])
