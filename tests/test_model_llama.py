@@ -138,11 +138,11 @@ def test_what_packs_are_padded_to() -> None:
 
     plain = ParallelConfig(tensor_parallel_size=4)
     split = ParallelConfig(tensor_parallel_size=4, sequence_parallel=True, context_parallel_size=2)
-    assert (sequence_multiple(plain), pack_multiple(plain, PrecisionConfig())) == (1, 1)
-    assert pack_multiple(plain, PrecisionConfig(fp8="tensorwise")) == 16
-    assert (sequence_multiple(split), pack_multiple(split, PrecisionConfig())) == (16, 16)
-    assert pack_multiple(split, PrecisionConfig(fp8="tensorwise")) == 128
-    assert pack_multiple(split, PrecisionConfig(fp8="blockwise")) == 1024
+    assert (sequence_multiple(plain), pack_multiple(plain, 1)) == (1, 1)
+    assert pack_multiple(plain, 16) == 16
+    assert (sequence_multiple(split), pack_multiple(split, 1)) == (16, 16)
+    assert pack_multiple(split, 16) == 128
+    assert pack_multiple(split, 128) == 1024
 
 
 def test_vocabulary_padding_keeps_shapes_over_tensor_parallel_sizes() -> None:

@@ -73,11 +73,11 @@ def parallel_sizes(cfg: RunConfig, machine: Machine, shape: LlamaShape | None) -
     """The parallel sizes against the model and the ranks."""
     if shape is None:
         return
-    from astro_hpc.model.parallel import check_parallel
+    from astro_hpc.model.sizes import check_parallel
 
     parallel = cfg.parallel
-    ranks, whence = _ranks(cfg, machine)
     try:
+        ranks, whence = _ranks(cfg, machine)
         check_parallel(shape, parallel, ranks, cpu=machine.chip is None)
     except ConfigError as error:
         found, _, remedy = str(error).partition("; ")
@@ -90,16 +90,18 @@ def parallel_sizes(cfg: RunConfig, machine: Machine, shape: LlamaShape | None) -
 
 
 def _ranks(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
-    """How many ranks a training stage would have when it was started like this, and why."""
+    """How many ranks a training stage would have when it was started like this, and why.
+
+    Raises:
+        ConfigError: more than this machine's GPUs can be.
+    """
     from astro_hpc.model.parallel import launched_world_size
+    from astro_hpc.model.sizes import local_world_size, visible_gpus
 
     if (launched := launched_world_size()) > 1:
         return launched, "as they were started"
-    if machine.chip is not None:
-        import torch
-
-        return torch.cuda.device_count(), "the GPUs here"
-    return 1, "this process"
+    gpus = visible_gpus() if machine.chip is not None else 0
+    return local_world_size(cfg.parallel, gpus), "as a stage starts them here"
 
 
 def arithmetic(cfg: RunConfig, machine: Machine, shape: LlamaShape | None) -> Iterator[Check]:
@@ -136,7 +138,10 @@ def memory(cfg: RunConfig | None, machine: Machine, shape: LlamaShape | None) ->
     if cfg is None or shape is None:
         yield Check("memory", "pass" if free > 8 * GB else "warn", f"{free / GB:.1f} GB free", _more_memory(free))
         return
-    ranks, _ = _ranks(cfg, machine)
+    try:
+        ranks, _ = _ranks(cfg, machine)
+    except ConfigError:
+        ranks = cfg.parallel.model_parallel_size * (cfg.parallel.data_parallel_size or 1)
     needed = state_bytes(shape, cfg, ranks)
     found = f"weights and optimizer take {needed / GB:.1f} GB a rank, {total / GB:.1f} GB of {what}"
     if needed > total:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 
 from astro_hpc.config.base import ConfigError
-from astro_hpc.config.schema import ParallelConfig, PrecisionConfig
+from astro_hpc.config.schema import ParallelConfig
 from astro_hpc.model.llama import LlamaShape
 
 _VOCAB_MULTIPLE = 128  # keeps the padded vocabulary, and so a checkpoint's shapes, the same at tp 1, 2, 4 and 8
@@ -30,14 +30,10 @@ def sequence_multiple(parallel: ParallelConfig) -> int:
     return 1 if cp == 1 else 2 * cp * (tp if parallel.sequence_parallel else 1)
 
 
-def pack_multiple(parallel: ParallelConfig, precision: PrecisionConfig) -> int:
-    """A pack's whole length is padded to a multiple of this.
-
-    Sequence-parallel ranks share it, and FP8 matrix products want a rank's tokens in multiples of their blocks.
-    """
-    tokens = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
-    block = {"none": 1, "blockwise": 128}.get(precision.fp8, 16)
-    return math.lcm(sequence_multiple(parallel), tokens * parallel.context_parallel_size * block)
+def pack_multiple(parallel: ParallelConfig, token_multiple: int) -> int:
+    """A pack's whole length is padded to a multiple of this, so that each rank's tokens are one of `token_multiple`."""
+    ranks = parallel.context_parallel_size * (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    return math.lcm(sequence_multiple(parallel), ranks * token_multiple)
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:

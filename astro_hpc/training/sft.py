@@ -60,8 +60,7 @@ def train(ctx: StageContext, *, examples: Path, training: TrainingConfig, init_h
             loaded = time.monotonic()
             result = trainer.train_step(batches, loss_fn)
             ended = time.monotonic()
-            fed = sum(batch.num_tokens for batch in batches)
-            sync = trainer.gradient_sync_seconds
+            fed, sync = trainer.tokens_fed, trainer.gradient_sync_seconds
             speed = meter.measure(plan.lengths(step), plan.num_targets(step), fed, ended - began, sync)
             trained_tokens += plan.num_tokens(step)
             row = _row(result, speed, loaded - began, ended - loaded - sync, checkpoint_seconds)

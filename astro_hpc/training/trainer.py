@@ -27,7 +27,7 @@ from astro_hpc.model.build import build_model
 from astro_hpc.model.cpu import device, megatron_device, on_cpu
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.parallel import context_rows, initialise_parallel, launched_world_size, on_any_rank
-from astro_hpc.model.precision import fields_here, params_dtype
+from astro_hpc.model.precision import fields_here, fp8_token_multiple, params_dtype
 from astro_hpc.model.sizes import check_parallel, micro_batch_multiple, pack_multiple, sequence_multiple
 from astro_hpc.training import checkpoint
 from astro_hpc.training.adamw import prime_adamw, unshare_steps, use_fused_adamw
@@ -81,6 +81,8 @@ class Trainer:
         self._config.finalize_model_grads_func = self._sum_gradients
         self.gradient_sync_seconds = 0.0
         """Of the last step, from the end of this rank's backward passes until gradients were added up over ranks."""
+        self.tokens_fed = 0
+        """Of the last step, this rank's packs' tokens, padding and fillers included."""
         self._config.grad_scale_func = None  # bf16 and fp32 need no loss scaling
         self._saver = checkpoint.Saver()
         self._rows = RowSelector(models[-1], enabled=not parallel.sequence_parallel)
@@ -301,6 +303,7 @@ class Trainer:
         fillers = -len(micro_batches) % micro_batch_multiple(self.parallel)
         batches = [self._own_part(batch) for batch in micro_batches]
         batches += [masked_copy(batches[0])] * fillers
+        self.tokens_fed = sum(int(batch.bounds[-1]) for batch in batches)
         streams = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -314,7 +317,8 @@ class Trainer:
 
     def _own_part(self, batch: PackedBatch) -> PackedBatch:
         """Of the batch, padded as the parallel sizes want it, this context-parallel rank's tokens, on its device."""
-        batch = pad_batch(batch, sequence_multiple(self.parallel), pack_multiple(self.parallel, self.precision))
+        whole = pack_multiple(self.parallel, fp8_token_multiple(self.precision))
+        batch = pad_batch(batch, sequence_multiple(self.parallel), whole)
         group = parallel_state.get_context_parallel_group()
         if group.size() > 1:
             batch = batch.take(context_rows(batch.bounds, group.rank(), group.size()))
