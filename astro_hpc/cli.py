@@ -397,7 +397,7 @@ def convert_export(
         typer.Option(help="The Hugging Face model that config.json and tokenizer come from; an import has its own."),
     ] = None,
     dtype: Dtype = "auto",
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size in GB at which weights files are split.")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Size in GB at which weights files are split.")] = 2.0,
     workers: Workers = 4,
     overwrite: Overwrite = False,
 ) -> None:

@@ -147,7 +147,7 @@ def test_new_weights_replace_the_old_and_their_cached_keys(engine, models, promp
     assert after.token_ids != before.token_ids
     assert after.logprobs == pytest.approx(_reference_logprobs(models.second, prompt, after.token_ids), abs=2e-4)
 
-    engine.load_weights(load_file(models.first / "model.safetensors").items(), version=8)
+    engine.load_weights(load_file(models.original / "model.safetensors").items(), version=8)
     assert engine.generate_many([request])[0] == dataclasses.replace(before, weight_version=8)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from astro_hpc.conversion.names import hf_shapes, mappings
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.run.files import sha256_file, write_json_atomic
 
-SHARD_BYTES = 5 * 10**9
-_SYNC_BYTES = 64 << 20
+SHARD_BYTES = 2 * 10**9
+"""Small enough that a few files at a time keep both processor and disk busy."""
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -257,7 +256,6 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._handle, self._digest, self._left = handle, hashlib.sha256(), offset
-        self._unsynced = 0
         for block in (len(text).to_bytes(8, "little"), text):
             handle.write(block)
             self._digest.update(block)
@@ -268,12 +266,6 @@ class SafetensorsFile:
         self._handle.write(raw)
         self._digest.update(raw)
         self._left -= piece.nbytes
-        self._unsynced += piece.nbytes
-        if self._unsynced >= _SYNC_BYTES:
-            # Linux starts to write dirty pages of a range that is declared unneeded, so that the disk works meanwhile.
-            end = self._handle.tell()
-            os.posix_fadvise(self._handle.fileno(), end - self._unsynced, self._unsynced, os.POSIX_FADV_DONTNEED)
-            self._unsynced = 0
 
     def hexdigest(self) -> str:
         """Hex sha256 of the whole file."""
