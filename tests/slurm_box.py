@@ -53,7 +53,7 @@ class Run:
         (folder / "model" / "config.json").write_text("{}")
         for path in resolve_model("embedded:smollm2-135m-instruct").glob("*token*"):
             shutil.copy(path, folder / "model")  # cloning counts tokens
-        rows = [{"problem": f"What is {n} - {n // 2}?", "answer": str(n - n // 2)} for n in range(12)]
+        rows = [{"problem": f"What is {n} - {n // 2}?", "answer": str(n - n // 2)} for n in range(24)]
         (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {
             "name": "test",
@@ -76,7 +76,7 @@ class Run:
         (self.folder / "cluster.yaml").write_text(text)
 
     def command(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, **self.slurm.env, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **(self.slurm.env if self.slurm else {}), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "astro_hpc", *map(str, arguments)]
         return subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False

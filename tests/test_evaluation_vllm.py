@@ -1,5 +1,6 @@
 """Two models of one architecture evaluated on one real vLLM engine, and a real self-evaluation."""
 
+import asyncio
 import json
 
 import pytest
@@ -66,8 +67,8 @@ def test_a_random_model_accepts_no_solution(llamas):
     engine = make_engine(llamas[0], cfg)
     try:
         evaluator = SelfEvaluator(engine, lambda question: question, num_samples=2, quorum=0.5, seed=1)
-        assert evaluator.accepts([("What is 1 + 1?", "1 + 1 = 2. \\boxed{2}")]) == [False]
+        (decision,) = asyncio.run(evaluator.decide("What is 1 + 1?", ["1 + 1 = 2. \\boxed{2}"]))
+        assert not decision.accepted
         assert engine.stats.requests == 2
-        assert evaluator.accepts([]) == []
     finally:
         engine.close()

@@ -31,8 +31,8 @@ def test_the_graph_runs_in_order_and_launching_again_submits_nothing(slurm, tmp_
     assert states["clone"]["reason"] == "Dependency"
     assert run.launch("--stages", "search,gather,clone") == []
     run.wait()
-    assert len(run.trees()) == len(set(run.trees())) == 12, run.logs()
-    assert len(list(read_jsonl(run.dir / "search" / "trees.jsonl"))) == 12
+    assert len(run.trees()) == len(set(run.trees())) == 24, run.logs()
+    assert len(list(read_jsonl(run.dir / "search" / "trees.jsonl"))) == 24
     assert (run.dir / "traces" / "manifest.json").exists(), run.logs()
     states = run.status()
     assert [states[name]["counts"] for name in ("search", "gather", "clone")] == [{"done": 4}, {"done": 1}, {"done": 1}]
@@ -55,7 +55,7 @@ def test_a_lost_shard_alone_is_submitted_again_and_by_hand_too(slurm, tmp_path):
     [again] = run.launch("--stages", "search")
     assert again["tasks"] == 1
     run.wait()
-    assert len(run.trees()) == 12, run.logs()
+    assert len(run.trees()) == 24, run.logs()
     assert sum(path.stat().st_mtime_ns == whole[path] for path in whole) == 3
 
     (lost / "manifest.json").unlink()

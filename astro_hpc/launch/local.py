@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from astro_hpc.config.base import ConfigError
+from submitit import LocalExecutor
+from submitit.helpers import CommandFunction
+
 from astro_hpc.launch.cluster import ClusterConfig
 from astro_hpc.launch.graph import Job
-from astro_hpc.launch.render import Place, command_words
+from astro_hpc.launch.render import Place, command_words, python_of
 from astro_hpc.run.files import Lock, write_text_atomic
 
 _HEAD = """\
@@ -38,15 +40,12 @@ def run_here(
     Raises:
         ConfigError: an earlier launch is still running.
     """
-    import sys
-
     lock = run / "jobs" / ".local.lock"
     with Lock(lock, f"{run}: local launch"):
         pass
     names = {"lock": lock, "workdir": place.workdir, "run": run, "config": place.frozen / "config.yaml"}
     quoted = {name: shlex.quote(str(path)) for name, path in names.items()}
-    python = shlex.quote(str(cluster.venv / "bin" / "python" if cluster.venv else sys.executable))
-    lines = [_HEAD.format(**quoted, code=shlex.quote(str(place.frozen)), python=python)]
+    lines = [_HEAD.format(**quoted, code=shlex.quote(str(place.frozen)), python=shlex.quote(str(python_of(cluster))))]
     for job, tasks in steps:
         exports = [f"export {name}={shlex.quote(value)}" for name, value in job.resources.environment.items()]
         lines += exports + [f"do_stage {' '.join(command_words(job, shard=str(task)))}" for task in tasks]
@@ -54,11 +53,6 @@ def run_here(
     write_text_atomic(script, "\n".join(lines) + "\n")
     if dry_run or not steps:
         return
-    try:
-        from submitit import LocalExecutor
-        from submitit.helpers import CommandFunction
-    except ImportError as error:
-        raise ConfigError(f"submitit is missing ({error}); install the project's dependencies") from None
     executor = LocalExecutor(run / "jobs" / "local")
     executor.update_parameters(timeout_min=60 * 24 * 365, name=run.name)
     executor.submit(CommandFunction(["bash", str(script)], verbose=True))

@@ -175,7 +175,7 @@ def _what_runs(job: Job, cluster: ClusterConfig, place: Place, offset: int) -> l
         f"RUN={_quote(place.run)}",
         f"CONFIG={_quote(place.frozen / 'config.yaml')}",
         f"CODE={_quote(place.frozen)}  # the folder that holds the package astro_hpc",
-        f"PYTHON={_quote(_python(cluster))}",
+        f"PYTHON={_quote(python_of(cluster))}",
         f"STEP=({_words(step)})  # options of srun",
         f"INSIDE=({_words(inside)})  # what the command runs in",
     ]
@@ -237,7 +237,8 @@ def _container(cluster: ClusterConfig, place: Place) -> tuple[list[str], list[st
     return [], ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", str(place.workdir), container.image]
 
 
-def _python(cluster: ClusterConfig) -> Path | str:
+def python_of(cluster: ClusterConfig) -> Path | str:
+    """The interpreter of the jobs."""
     if cluster.container is not None:
         return "python3"
     return cluster.venv / "bin" / "python" if cluster.venv is not None else sys.executable
