@@ -55,6 +55,7 @@ def main() -> None:
         max_completion_length=max_tokens,
         bf16=False,
         model_init_kwargs={"dtype": "float32"},
+        use_cpu=True,
         save_strategy="no",
         report_to="none",
         logging_steps=1,

@@ -56,6 +56,7 @@ def main() -> None:
         bf16=dtype == "bf16",
         completion_only_loss=loss_on == "completion",
         # The rest is TRL's own defaults; these three write files or talk, and cost no step anything.
+        use_cpu=True,
         save_strategy="no",
         report_to="none",
         logging_steps=1,
