@@ -1,5 +1,5 @@
 # make demo   the whole loop on this machine (SMOKE=1: four minutes, plumbing only)
-# make test   linters, types, import contract, tests
+# make test   linters, types, import contract, tests; installs Debian's Slurm for them where it may
 # make setup  the virtual environment alone; both of the above call it
 # VENV=DIR and PYTHON=python3.x override where and with what.
 
@@ -13,6 +13,7 @@ demo: setup
 	$(BIN)/astro-hpc demo $(if $(SMOKE),--smoke)
 
 test: setup
+	@tools/setup_slurm.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
