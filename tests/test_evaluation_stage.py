@@ -68,7 +68,7 @@ class Players(ScriptedEngine):
 @pytest.fixture
 def engine(cfg, monkeypatch):
     players = Players(load_source(cfg.eval.benchmarks["signs"]))
-    monkeypatch.setattr(astro_hpc.inference, "make_engine", lambda folder, cfg, seed=0: players)
+    monkeypatch.setattr(astro_hpc.inference, "make_engine", lambda folder, *_: players)
     return players
 
 

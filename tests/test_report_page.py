@@ -80,7 +80,7 @@ def make_run(runs_dir, monkeypatch, trees=None):
             inputs = {"traces": traces / f"{arm}.jsonl"} if name == "sft" else {"model": models[f"{arm}-sft"]}
             run_stage(cfg, Stage(f"{name}/{arm}", cfg.run_dir / name / arm, inputs, {}, train))
     players = Players(load_source(cfg.eval.benchmarks["signs"]))
-    monkeypatch.setattr(astro_hpc.inference, "make_engine", lambda folder, cfg, seed=0: players)
+    monkeypatch.setattr(astro_hpc.inference, "make_engine", lambda folder, *_: players)
     run_stage(cfg, Stage("eval", cfg.run_dir / "eval", models, {}, lambda ctx: evaluation.run(ctx, models=models)))
     return cfg
 

@@ -36,7 +36,9 @@ SKIPPING_FILE = "import pytest\npytest.importorskip('no_such_module')\n"
 
 
 def outcome(folder: Path) -> tuple[int, str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # The copied conftest.py finds the modules beside the original.
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-ra", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     return result.returncode, result.stdout + result.stderr

@@ -20,7 +20,7 @@ LLAMA3_ROPE = {
 }
 
 
-def save_tiny_llama(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
+def save_tiny_llama(folder: Path, tokenizer_from: Path, seed: int = 0, num_key_value_heads: int = 1) -> Path:
     """A random Llama with the embedded model's tokenizer; heads of 32, the smallest that vLLM takes on CPU."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -28,7 +28,7 @@ def save_tiny_llama(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=num_key_value_heads,
         vocab_size=49152,
         max_position_embeddings=1024,
         initializer_range=0.3,
