@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,25 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
         for event in EventFileLoader(str(path)).Load()
         for value in event.summary.value
     ]
+
+
+def wandb_history(path: Path) -> list[dict[str, str]]:
+    """The history rows of a W&B file, {key: JSON}: LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, record, rows = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no room for a header: the block's end is padding
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            parsed, record = Record.FromString(record), b""
+            if parsed.WhichOneof("record_type") == "history":
+                rows.append({i.key or ".".join(i.nested_key): i.value_json for i in parsed.history.item})
+    return rows
 
 
 def test_a_resumed_log_has_each_step_once_everywhere(tmp_path: Path) -> None:
@@ -60,7 +80,14 @@ def test_wandb_writes_offline_and_keeps_one_run_for_all_attempts(
     assert (tmp_path / "wandb-id").read_text().strip() == identity
     written = list((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
     assert len(written) == 2
-    assert all(b"loss" in path.read_bytes() for path in written)
+
+    def losses() -> list[str]:
+        return sorted(row["loss"] for path in written for row in wandb_history(path))
+
+    deadline = time.monotonic() + 20
+    while len(losses()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)  # W&B's own process may write the file's end just after it has said that it has finished
+    assert losses() == ["0.25", "0.5"]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
