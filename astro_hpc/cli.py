@@ -134,7 +134,9 @@ def clone(
     config: Config,
     overrides: Overrides = None,
     shard: Annotated[int, typer.Option(help="Which shard of the trees to clone.")] = 0,
-    num_shards: Annotated[int, typer.Option(help="Into how many shards the trees are split, by their problems.")] = 1,
+    num_shards: Annotated[
+        int, typer.Option(min=1, help="Into how many shards the trees are split, by their problems.")
+    ] = 1,
     gather: Annotated[bool, typer.Option("--gather", help="Join finished shards into traces/.")] = False,
     redo: Redo = False,
 ) -> None:

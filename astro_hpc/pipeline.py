@@ -274,6 +274,11 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
     held_out = [cfg.rl.validation.problems] if cfg.rl.validation is not None else []
     inputs = {"model": model, "prompts": prompts} | _files(cfg, held_out)
     if cfg.rl.replay is not None:
+        folder = (cfg.run_dir / "rl" / arm).resolve()
+        if cfg.rl.replay.resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"rl.replay={cfg.rl.replay}: lies in {folder}, which this stage writes; copy it elsewhere"
+            )
         inputs["rollouts"] = cfg.rl.replay
     return Stage(f"rl/{arm}", Path("rl") / arm, inputs, settings, body, on_ranks=True)
 

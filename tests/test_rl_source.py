@@ -219,6 +219,7 @@ def test_reward_of_the_verifier_and_of_a_users_function():
     ("values", "message"),
     [
         ({"replay": "x", "rollouts_only": True}, "exclude each other"),
+        ({"replay": "x", "validation": {"problems": {"type": "signs", "count": 1}}}, "needs an engine and a trainer"),
         ({"oversample": 2, "max_lag": 0}, "needs max_lag"),
         ({"objective": {"overlong_buffer_tokens": 500}}, "must be below"),
         ({"objective": {"importance_correction": "token_mask", "importance_floor": 3}}, "is not below"),

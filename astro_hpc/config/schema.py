@@ -568,6 +568,8 @@ class RLConfig(Section):
     def _settings_agree(self) -> RLConfig:
         if self.replay is not None and self.rollouts_only:
             raise ValueError("replay and rollouts_only exclude each other: one starts no engine, the other no trainer")
+        if self.validation is not None and (self.replay is not None or self.rollouts_only):
+            raise ValueError("validation needs an engine and a trainer; unset it for replay and rollouts_only")
         if self.oversample > 1 and self.max_lag == 0:
             raise ValueError("oversample above 1 carries groups over to later steps; it needs max_lag of at least 1")
         if self.objective.overlong_buffer_tokens >= self.max_response_tokens:

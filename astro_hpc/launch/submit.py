@@ -166,8 +166,8 @@ def sbatch_file(run: Path, name: str, offset: int = 0) -> Path:
 
 
 def run_key(run: Path) -> str:
-    """What names a run in Slurm's comments: its folder's name and a hash of its path."""
-    return f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+    """What names a run in Slurm's comments: its folder's name and a hash of its path, links followed."""
+    return f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
 
 
 def live_jobs(run: Path) -> dict[str, list[LiveJob]]:

@@ -25,7 +25,7 @@ __all__ = [
     "padded_vocab_size",
     "tell_all",
 ]
-_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(hours=12)  # ranks wait while rank 0 samples; a dead one is noticed by whoever started them
 _made_in: Any = None
 """The process group that Megatron's groups were made in."""
 

@@ -198,16 +198,19 @@ class _Loop:
         groups = tell_all(source.take(step) if source is not None else None)
         assert groups is not None
         clock.lap("generate")
-        write_samples(self.ctx.dir / "samples", step, groups.used, self.problems)
+        if self.ctx.rank == 0:
+            write_samples(self.ctx.dir / "samples", step, groups.used, self.problems)
         batch = make_batch(groups.used, self.settings, self.ctx.seed("rl", "pack", step))
         trained = self.policy.train(batch, clock)
         self._check_health(step, trained)
         clock.lap("train")
-        if step < self.settings.num_steps and self.settings.replay is None:
+        validation = self.settings.validation
+        validates = validation is not None and step % validation.every_steps == 0
+        if self.settings.replay is None and (step < self.settings.num_steps or validates):
             self._push(step)
         clock.lap("push")
         row = {**self._behaviour(groups), **trained}
-        if self.settings.validation is not None and step % self.settings.validation.every_steps == 0:
+        if validates:
             row |= self._validate(step)
             clock.lap("validate")
         if self.worker is not None:

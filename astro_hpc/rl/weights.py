@@ -16,6 +16,7 @@ import torch
 
 from astro_hpc.inference.engine import Engine
 from astro_hpc.inference.probe import different, trainer_digests
+from astro_hpc.model.parallel import tell_all
 from astro_hpc.run.files import write_text_atomic
 from astro_hpc.training.trainer import Trainer
 
@@ -63,8 +64,11 @@ class FolderSync:
     def push(self, trainer: Trainer, engine: Engine | None, version: int) -> None:
         """See `WeightSync.push`."""
         path = self.folder / f"version_{version:08d}"
-        if not (path / MARKER).exists():
-            trainer.export_hf(path)
+        if engine is not None:  # versions of an attempt that died after this step are of another model
+            for stale in self.folder.glob("version_*"):
+                if stale.name >= path.name:
+                    shutil.rmtree(stale)
+        trainer.export_hf(path)
         if engine is None:
             return
         write_text_atomic(path / MARKER, f"{version}\n")
@@ -90,10 +94,12 @@ def check_equal_weights(trainer: Trainer, engine: Engine | None, seed: int, wher
     layer = draw.randrange(trainer.shape.num_layers)
     columns = [draw.randrange(1 << 20) for _ in range(_COLUMNS)]
     theirs = engine.weight_digests(layer, columns) if engine is not None else None
+    if not tell_all(theirs is not None):  # before the gathering, which is what costs
+        return False
     dtype = getattr(torch, theirs["dtype"]) if theirs else torch.float32
     ours = trainer_digests(trainer.named_hf_tensors(), layer, columns, dtype)
-    if theirs is None:
-        return False
+    if theirs is None:  # another rank compares
+        return True
     if differing := different(theirs, ours):
         raise RuntimeError(
             f"{where}: trainer and engine hold different weights in layer {layer}: {', '.join(differing)}; "
