@@ -127,9 +127,8 @@ class RolloutWorker:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        gauge = self._loop.create_task(self._measure_lag())
+        self._gauge = self._loop.create_task(self._measure_lag())
         self._loop.run_forever()
-        gauge.cancel()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -211,7 +210,7 @@ class RolloutWorker:
         await self._all_held.wait()
 
     async def _cancel_all(self) -> None:
-        tasks = list(self._in_flight.values())
+        tasks = [self._gauge, *self._in_flight.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
