@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -69,16 +69,20 @@ class PackedBatch:
         """The longest example's tokens, padding included."""
         return int((self.bounds[1:] - self.bounds[:-1]).max())
 
-    def take(self, rows: torch.Tensor) -> PackedBatch:
-        """The tokens at `rows`, which lie as this rank's share; the bounds stay the whole pack's."""
+    def map_tokens(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """`function` of each tensor that has a value a token; the bounds stay."""
         return replace(
             self,
-            tokens=self.tokens[rows],
-            targets=self.targets[rows],
-            loss_mask=self.loss_mask[rows],
-            position_ids=self.position_ids[rows],
-            extras={name: tensor[rows] for name, tensor in self.extras.items()},
+            tokens=function(self.tokens),
+            targets=function(self.targets),
+            loss_mask=function(self.loss_mask),
+            position_ids=function(self.position_ids),
+            extras={name: function(tensor) for name, tensor in self.extras.items()},
         )
+
+    def take(self, rows: torch.Tensor) -> PackedBatch:
+        """The tokens at `rows`, which lie as this rank's share; the bounds stay the whole pack's."""
+        return self.map_tokens(lambda tensor: tensor[rows])
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int, seed: int | None) -> list[list[int]]:
@@ -191,18 +195,7 @@ def pad_batch(batch: PackedBatch, sequence_multiple: int, pack_multiple: int) ->
 
 def _spread(batch: PackedBatch, rows: torch.Tensor, num_tokens: int) -> PackedBatch:
     """The batch's tokens at `rows` of `num_tokens`, zeros elsewhere."""
-
-    def spread(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.new_zeros(num_tokens).index_copy_(0, rows, tensor)
-
-    return replace(
-        batch,
-        tokens=spread(batch.tokens),
-        targets=spread(batch.targets),
-        loss_mask=spread(batch.loss_mask),
-        position_ids=spread(batch.position_ids),
-        extras={name: spread(tensor) for name, tensor in batch.extras.items()},
-    )
+    return batch.map_tokens(lambda tensor: tensor.new_zeros(num_tokens).index_copy_(0, rows, tensor))
 
 
 def masked_copy(batch: PackedBatch) -> PackedBatch:

@@ -406,13 +406,8 @@ def _to_device(batch: PackedBatch) -> PackedBatch:
         return tensor.to(where, non_blocking=True)
 
     return replace(
-        batch,
-        tokens=move(batch.tokens),
-        targets=move(batch.targets),
-        loss_mask=move(batch.loss_mask),
-        position_ids=move(batch.position_ids),
+        batch.map_tokens(move),
         cu_seqlens=move(batch.cu_seqlens),
-        extras={name: move(tensor) for name, tensor in batch.extras.items()},
         cu_seqlens_padded=None if batch.cu_seqlens_padded is None else move(batch.cu_seqlens_padded),
     )
 
