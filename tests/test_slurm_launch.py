@@ -139,7 +139,8 @@ def test_accounting_says_how_a_job_ended_that_left_nothing(slurm_with_accounting
     run = Run(slurm, tmp_path, shards=1, search={"num_iterations": 100_000, "num_expansions": 2, "num_rollouts": 1})
     [job] = run.launch("--stages", "search")
     run.wait(lambda: run.queued() == ["RUNNING"])
-    slurm.run("scancel", "--full", "--signal=KILL", job["id"])
+    # The batch script alone: with its step killed a moment before, it would live to ask for a requeue.
+    slurm.run("scancel", "--batch", "--signal=KILL", job["id"])
     run.wait()
     run.wait(lambda: "failed" in str(run.status()["search"]["counts"]))
     assert run.status()["search"]["state"] == "failed"
