@@ -39,6 +39,9 @@ Overrides = Annotated[
 ]
 Redo = Annotated[bool, typer.Option("--redo", help="If made from other inputs or settings: set it aside, redo.")]
 ArmOption = Annotated[str | None, typer.Option("--arm", help="astro or direct; by default all of the run's arms.")]
+Shard = Annotated[int, typer.Option(help="Which shard to do.")]
+NumShards = Annotated[int, typer.Option(min=1, help="Into how many shards the work is split, by problems.")]
+Gather = Annotated[bool, typer.Option("--gather", help="Join finished shards; names those that are missing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -133,25 +136,22 @@ def search(
 def clone(
     config: Config,
     overrides: Overrides = None,
-    shard: Annotated[int, typer.Option(help="Which shard of the trees to clone.")] = 0,
-    num_shards: Annotated[
-        int, typer.Option(min=1, help="Into how many shards the trees are split, by their problems.")
-    ] = 1,
-    gather: Annotated[bool, typer.Option("--gather", help="Join finished shards into traces/.")] = False,
+    shard: Shard = 0,
+    num_shards: NumShards = 1,
+    gather: Gather = False,
     redo: Redo = False,
 ) -> None:
-    """Linearise the trees and write them as chains of thought: traces/astro.jsonl and traces/direct.jsonl."""
+    """Linearise the trees and write them as chains of thought: traces/astro.jsonl and traces/direct.jsonl.
+
+    With --num-shards the trees are split by their problems, as the search splits those.
+    """
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
-    if num_shards > 1 and not gather:
+    if _is_shard(cfg, "clone", shard, num_shards, gather):
         pipeline.run_one(cfg, pipeline.clone_shard(cfg, shard, num_shards), redo)
-        return
-    if shard != 0:
-        raise ConfigError(f"--shard {shard}: needs --num-shards, and not --gather")
-    if gather and not pipeline.clone_shards(cfg):
-        raise ConfigError(f"{cfg.run_dir / 'clone'}: no shards to gather; run clone with --shard and --num-shards")
-    pipeline.run_one(cfg, pipeline.clone(cfg), redo)
+    else:
+        pipeline.run_one(cfg, pipeline.clone(cfg), redo)
 
 
 @app.command()
@@ -167,15 +167,30 @@ def sft(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo
 
 
 @app.command()
-def select(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo: Redo = False) -> None:
-    """Choose RL prompts of moderate difficulty by the SFT model's pass rate."""
+def select(
+    config: Config,
+    overrides: Overrides = None,
+    arm: ArmOption = None,
+    shard: Shard = 0,
+    num_shards: NumShards = 1,
+    gather: Gather = False,
+    redo: Redo = False,
+) -> None:
+    """Choose RL prompts of moderate difficulty by the SFT model's pass rate: select/ARM/prompts.jsonl.
+
+    With --num-shards the candidates are split by a hash of their ids; --gather then chooses among all, and the result
+    is the same as without shards. After the SFT model has changed, --redo samples anew.
+    """
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
-    if (name := _one_arm(cfg, arm)) is not None:
-        pipeline.run_one(cfg, pipeline.select(cfg, name), redo)
+    if (name := _one_arm(cfg, arm)) is None:
+        options = f"--shard {shard} --num-shards {num_shards}" + (" --gather" if gather else "")
+        raise typer.Exit(pipeline.run_arms(f"select {options}", cfg, [str(config), *(overrides or [])], redo))
+    if _is_shard(cfg, "select", shard, num_shards, gather, name):
+        pipeline.run_one(cfg, pipeline.select_shard(cfg, name, shard, num_shards), redo)
     else:
-        raise typer.Exit(pipeline.run_arms("select", cfg, [str(config), *(overrides or [])], redo))
+        pipeline.run_one(cfg, pipeline.select(cfg, name), redo)
 
 
 @app.command()
@@ -191,14 +206,28 @@ def rl(config: Config, overrides: Overrides = None, arm: ArmOption = None, redo:
 
 
 @app.command("eval")
-def evaluate(config: Config, overrides: Overrides = None, redo: Redo = False) -> None:
-    """Base, warm-up, SFT and RL models on the held-out benchmarks: pass@1, pass@k, maj@k, backtracks."""
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    shard: Shard = 0,
+    num_shards: NumShards = 1,
+    gather: Gather = False,
+    redo: Redo = False,
+) -> None:
+    """Base, warm-up, SFT and RL models on the held-out benchmarks: pass@1, pass@k, maj@k, backtracks.
+
+    With --num-shards every benchmark's problems are split by a hash of their ids; --gather then computes the metrics
+    of all, and the result is the same as without shards.
+    """
     from astro_hpc import pipeline
 
     cfg = load_config(config, overrides or [])
     if not cfg.eval.benchmarks:
         raise ConfigError(f"{config}: eval.benchmarks is empty; name one, e.g. signs: {{type: signs, count: 100}}")
-    pipeline.run_one(cfg, pipeline.evaluate(cfg), redo)
+    if _is_shard(cfg, "eval", shard, num_shards, gather):
+        pipeline.run_one(cfg, pipeline.evaluate_shard(cfg, shard, num_shards), redo)
+    else:
+        pipeline.run_one(cfg, pipeline.evaluate(cfg), redo)
 
 
 @app.command()
@@ -506,6 +535,26 @@ def _one_arm(cfg: RunConfig, arm: str | None) -> Any:
     if arm not in cfg.arms:
         raise ConfigError(f"--arm {arm}: the configuration's arms are {', '.join(cfg.arms)}; add it to `arms`")
     return arm
+
+
+def _is_shard(cfg: RunConfig, command: str, shard: int, num_shards: int, gather: bool, arm: str | None = None) -> bool:
+    """Whether one shard is meant, and not the whole stage or its gathering.
+
+    Raises:
+        ConfigError: the options don't fit together or what has been begun.
+    """
+    from astro_hpc import pipeline
+    from astro_hpc.search.shards import find_shards, refuse_other_split
+
+    folder = pipeline.shard_folder(cfg, command, arm)
+    if num_shards > 1 and not gather:
+        refuse_other_split(folder, num_shards)
+        return True
+    if shard != 0:
+        raise ConfigError(f"--shard {shard}: needs --num-shards, and not --gather")
+    if gather and find_shards(folder) is None:
+        raise ConfigError(f"{folder}: no shards to gather; run {command} with --shard and --num-shards")
+    return False
 
 
 def _shipped_config(name: str) -> Path:

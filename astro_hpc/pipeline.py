@@ -17,8 +17,16 @@ from typing import Any
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
 from astro_hpc.problems.row_files import local_path
-from astro_hpc.run.stage import Stage, StageContext, read_manifest, require_done, run_stage
-from astro_hpc.search.shards import TREES, GatherReport, earlier_trees, find_shards, gather, shard_name
+from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
+from astro_hpc.search.shards import (
+    TREES,
+    GatherReport,
+    earlier_trees,
+    find_shards,
+    gather,
+    refuse_other_split,
+    shard_name,
+)
 
 # How a stage is carried out, not what it makes: free to change between attempts.
 _INFERENCE_ONLY_HOW = {
@@ -69,12 +77,7 @@ def search(cfg: RunConfig, shard: int = 0, num_shards: int = 1) -> Stage:
         ConfigError: there is no such shard, or the search is split otherwise already.
     """
     name = shard_name(shard, num_shards)
-    begun = find_shards(cfg.run_dir)
-    if begun is not None and begun.num_shards != num_shards:
-        raise ConfigError(
-            f"{begun.search_dir}: this search is split into {begun.num_shards} already; go on with "
-            f"--num-shards {begun.num_shards}, or move its shards away"
-        )
+    refuse_other_split(cfg.run_dir / "search", num_shards)
     benchmarks = _screened_benchmarks(cfg)
     sources = _source_files([*cfg.problems.train, *benchmarks])
 
@@ -134,8 +137,8 @@ def economics(cfg: RunConfig) -> Stage:
 
 def clone(cfg: RunConfig) -> Stage:
     """Trees become chains of thought, for both arms; where shards of this lie in the run folder, they are gathered."""
-    shards = [clone_shard(cfg, number, total) for number, total in clone_shards(cfg)]
     searches = search_shards(cfg)
+    shards = [clone_shard(cfg, number, total, searches) for number, total in clone_shards(cfg)]
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.cloning.stage import run
@@ -146,23 +149,25 @@ def clone(cfg: RunConfig) -> Stage:
     def gather(ctx: StageContext) -> list[Path]:
         from astro_hpc.cloning.records import write_data_set
 
-        require_done(cfg, shards)
         return write_data_set(ctx, [cfg.run_dir / stage.dir / "records.jsonl" for stage in shards])
 
     if shards:
         inputs = {stage.label: cfg.run_dir / stage.dir / "records.jsonl" for stage in shards}
-        return Stage("clone", Path("traces"), inputs, _clone_settings(cfg), gather)
+        return Stage("clone", Path("traces"), inputs, _clone_settings(cfg), gather, shards=shards)
     inputs = {folder.name: folder / TREES for folder in searches} | _clone_files(cfg)
     return Stage("clone", Path("traces"), inputs, _clone_settings(cfg), body)
 
 
-def clone_shard(cfg: RunConfig, shard: int, num_shards: int) -> Stage:
+def clone_shard(cfg: RunConfig, shard: int, num_shards: int, searches: list[Path] | None = None) -> Stage:
     """The trees of one shard become a journal of chains of thought; `clone` gathers the shards.
 
     Problems are split as the search splits them: with as many shards, each reads its own shard of the search alone.
+
+    Args:
+        searches: `search_shards(cfg)`, where it was asked already.
     """
     name = shard_name(shard, num_shards)
-    searches = search_shards(cfg)
+    searches = search_shards(cfg) if searches is None else searches
     if len(searches) == num_shards:
         searches = [searches[shard]]
 
@@ -229,27 +234,52 @@ def sft(cfg: RunConfig, arm: Arm) -> Stage:
 
 
 def select(cfg: RunConfig, arm: Arm) -> Stage:
-    """Prompts of moderate difficulty for RL, by the SFT model's pass rate."""
+    """Prompts of moderate difficulty for RL, by the SFT model's pass rate; its shards, where there are any, gathered.
+
+    Of another model than the one it was done with: once more, with --redo.
+    """
     model = cfg.run_dir / "sft" / arm / "hf"
-    candidates = cfg.select.problems or cfg.problems.train
-    benchmarks = _screened_benchmarks(cfg)
+    shards = [select_shard(cfg, arm, number, total) for number, total in select_shards(cfg, arm)]
+    rates = {shard.label: cfg.run_dir / shard.dir / "rates.jsonl" for shard in shards}
 
     def body(ctx: StageContext) -> list[Path]:
-        from astro_hpc.rl.select import run
+        from astro_hpc.rl.select import gather, run
 
-        return run(ctx, model_dir=model)
+        return gather(ctx, list(rates.values())) if shards else run(ctx, model_dir=model)
 
-    settings = {
+    inputs = {"model": model} | rates | _select_files(cfg)
+    return Stage(f"select/{arm}", Path("select") / arm, inputs, _select_settings(cfg), body, shards=shards)
+
+
+def select_shard(cfg: RunConfig, arm: Arm, shard: int, num_shards: int) -> Stage:
+    """Pass rates of one shard of the candidates; `select` gathers the shards."""
+    name = shard_name(shard, num_shards)
+    model = cfg.run_dir / "sft" / arm / "hf"
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.rl.select import run_shard
+
+        return run_shard(ctx, model_dir=model, shard=shard, num_shards=num_shards)
+
+    settings = {**_select_settings(cfg), "shard": [shard, num_shards]}
+    inputs = {"model": model} | _select_files(cfg)
+    return Stage(f"select/{arm}/{name}", Path("select-shards") / arm / name, inputs, settings, body)
+
+
+def _select_files(cfg: RunConfig) -> dict[str, Path]:
+    return _files(cfg, [*(cfg.select.problems or cfg.problems.train), *_screened_benchmarks(cfg)])
+
+
+def _select_settings(cfg: RunConfig) -> dict[str, Any]:
+    return {
         "seed": cfg.seed,
         "select": _dump(cfg.select),
         "problems": _dump(cfg.problems),
-        "benchmarks": [_dump(source) for source in benchmarks],
+        "benchmarks": [_dump(source) for source in _screened_benchmarks(cfg)],
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
     }
-    inputs = {"model": model} | _files(cfg, [*candidates, *benchmarks])
-    return Stage(f"select/{arm}", Path("select") / arm, inputs, settings, body)
 
 
 def rl(cfg: RunConfig, arm: Arm) -> Stage:
@@ -284,28 +314,53 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
 
 
 def evaluate(cfg: RunConfig) -> Stage:
-    """Base, warm-up, SFT and RL models on the held-out benchmarks."""
+    """Base, warm-up, SFT and RL models on the held-out benchmarks; its shards, where there are any, gathered."""
+    models = _evaluated_models(cfg)
+    shards = [evaluate_shard(cfg, number, total) for number, total in evaluate_shards(cfg)]
+    responses = {shard.label: cfg.run_dir / shard.dir / "responses" for shard in shards}
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.evaluation.stage import gather, run
+
+        return gather(ctx, models=models, shards=list(responses.values())) if shards else run(ctx, models=models)
+
+    inputs = models | responses | _files(cfg, cfg.eval.benchmarks.values())
+    return Stage("eval", Path("eval"), inputs, _evaluate_settings(cfg), body, shards=shards)
+
+
+def evaluate_shard(cfg: RunConfig, shard: int, num_shards: int) -> Stage:
+    """All models on one shard of every benchmark's problems; `evaluate` gathers the shards."""
+    name = shard_name(shard, num_shards)
+    models = _evaluated_models(cfg)
+
+    def body(ctx: StageContext) -> list[Path]:
+        from astro_hpc.evaluation.stage import run_shard
+
+        return run_shard(ctx, models=models, shard=shard, num_shards=num_shards)
+
+    settings = {**_evaluate_settings(cfg), "shard": [shard, num_shards]}
+    inputs = models | _files(cfg, cfg.eval.benchmarks.values())
+    return Stage(f"eval/{name}", Path("eval-shards") / name, inputs, settings, body)
+
+
+def _evaluated_models(cfg: RunConfig) -> dict[str, Path]:
     models = {"base": base_model(cfg)}
     if cfg.warmup.enabled:
         models["warmup"] = cfg.run_dir / "warmup" / "hf"
     for arm in cfg.arms:
         models[f"{arm}-sft"] = cfg.run_dir / "sft" / arm / "hf"
         models[f"{arm}-rl"] = cfg.run_dir / "rl" / arm / "hf"
+    return models
 
-    def body(ctx: StageContext) -> list[Path]:
-        from astro_hpc.evaluation.stage import run
 
-        return run(ctx, models=models)
-
-    settings = {
+def _evaluate_settings(cfg: RunConfig) -> dict[str, Any]:
+    return {
         "eval": _dump(cfg.eval),
         "phrases": cfg.clone.phrases,
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
         "inference": _dump(cfg.inference, _INFERENCE_ONLY_HOW),
     }
-    inputs = models | _files(cfg, cfg.eval.benchmarks.values())
-    return Stage("eval", Path("eval"), inputs, settings, body)
 
 
 def pipeline(cfg: RunConfig) -> list[tuple[str, Stage]]:
@@ -320,9 +375,14 @@ def pipeline(cfg: RunConfig) -> list[tuple[str, Stage]]:
     stages.append(("clone", clone(cfg)))
     for arm in cfg.arms:
         stages += [(f"sft --arm {arm}", sft(cfg, arm))]
+        for shard, total in select_shards(cfg, arm):
+            options = f"--arm {arm} --shard {shard} --num-shards {total}"
+            stages.append((f"select {options}", select_shard(cfg, arm, shard, total)))
         stages += [(f"select --arm {arm}", select(cfg, arm))]
         stages += [(f"rl --arm {arm}", rl(cfg, arm))]
     if cfg.eval.benchmarks:
+        for shard, total in evaluate_shards(cfg):
+            stages.append((f"eval --shard {shard} --num-shards {total}", evaluate_shard(cfg, shard, total)))
         stages.append(("eval", evaluate(cfg)))
     return stages
 
@@ -402,12 +462,12 @@ def search_shards(cfg: RunConfig) -> list[Path]:
     Raises:
         ConfigError: shards of different splits lie side by side, or one is missing.
     """
-    shards = find_shards(cfg.run_dir)
+    shards = find_shards(cfg.run_dir / "search")
     if shards is None:
         return [cfg.run_dir / "search" / shard_name(0, 1)]
     if shards.missing:
         raise ConfigError(
-            f"{shards.search_dir}: {len(shards.present)} of {shards.num_shards} shards are there; run the others, "
+            f"{shards.dir}: {len(shards.present)} of {shards.num_shards} shards are there; run the others, "
             f"for instance --shard {shards.missing[0]} --num-shards {shards.num_shards}"
         )
     return [shards.folder(shard) for shard in shards.present]
@@ -425,14 +485,28 @@ def clone_shards(cfg: RunConfig) -> list[tuple[int, int]]:
     Raises:
         ConfigError: shards of different splits lie side by side.
     """
-    folders = [f for f in (cfg.run_dir / "clone").glob("shard-?????-of-?????") if f.is_dir()]
-    totals = {int(folder.name[-5:]) for folder in folders}
-    if len(totals) > 1:
-        raise ConfigError(
-            f"{cfg.run_dir / 'clone'}: shards of different splits ({', '.join(map(str, sorted(totals)))}); "
-            "move one set away"
-        )
-    return [(shard, total) for total in totals for shard in range(total)]
+    return _begun_shards(shard_folder(cfg, "clone"))
+
+
+def select_shards(cfg: RunConfig, arm: Arm) -> list[tuple[int, int]]:
+    """As `clone_shards`, of one arm's selection."""
+    return _begun_shards(shard_folder(cfg, "select", arm))
+
+
+def evaluate_shards(cfg: RunConfig) -> list[tuple[int, int]]:
+    """As `clone_shards`, of the evaluation."""
+    return _begun_shards(shard_folder(cfg, "eval"))
+
+
+def shard_folder(cfg: RunConfig, command: str, arm: str | None = None) -> Path:
+    """Where the shards of a stage lie that is done in shards: `search`, `clone`, `select` (of an arm) or `eval`."""
+    folders = {"search": "search", "clone": "clone", "select": f"select-shards/{arm}", "eval": "eval-shards"}
+    return cfg.run_dir / folders[command]
+
+
+def _begun_shards(parent: Path) -> list[tuple[int, int]]:
+    shards = find_shards(parent)
+    return [] if shards is None else [(shard, shards.num_shards) for shard in range(shards.num_shards)]
 
 
 def _screened_benchmarks(cfg: RunConfig) -> list[Any]:

@@ -198,7 +198,9 @@ def test_shards_gathered_are_what_one_process_writes(searched, tmp_path):
         pipeline.clone_shard(cfg, 3, 3)
     for shard in (2, 0):
         carry_out(cfg, pipeline.clone_shard(cfg, shard, 3))
-    with pytest.raises(ConfigError, match=r"clone/shard-00001-of-00003 is missing"):
+    with pytest.raises(
+        ConfigError, match=r"clone: 1 of 3 shards are missing or not finished: clone/shard-00001-of-00003;"
+    ):
         carry_out(cfg, pipeline.clone(cfg))
     carry_out(cfg, pipeline.clone_shard(cfg, 1, 3))
     assert not carry_out(cfg, pipeline.clone_shard(cfg, 1, 3)), "done already"
@@ -258,7 +260,7 @@ def test_the_command_line_names_what_is_missing(searched, tmp_path, capsys, monk
     assert (code, "needs --num-shards" in error) == (2, True)
     assert command("--shard", "0", "--num-shards", "2")[0] == 0
     code, error = command("--gather")
-    assert (code, "clone/shard-00001-of-00002 is missing" in error) == (2, True)
+    assert (code, "1 of 2 shards are missing or not finished: clone/shard-00001-of-00002" in error) == (2, True)
     assert command("--shard", "1", "--num-shards", "2")[0] == 0
     assert command("--gather")[0] == 0
     code, error = command()

@@ -32,11 +32,14 @@ from astro_hpc.run.files import Journal, read_jsonl, write_json_atomic, write_js
 from astro_hpc.run.progress import Progress
 from astro_hpc.run.seeds import derive_seed
 from astro_hpc.run.stage import CheckpointedExit, StageContext
+from astro_hpc.search.shards import in_shard
 
 if TYPE_CHECKING:
     from astro_hpc.inference.engine import Engine, Sample, SampleRequest
     from astro_hpc.verifier.pool import Verdict, VerifierPool
 
+RESPONSES = "responses"
+"""Folder in a shard's."""
 _MAX_ATTEMPTS = 64
 """Attempts of one response that are judged one by one; a response that repeats itself can hold thousands."""
 
@@ -52,6 +55,52 @@ def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
         ConfigError: no benchmark, an unknown model in `eval.limits`, or a model of another architecture.
         CheckpointedExit: asked to stop; finished files stay.
     """
+    benchmarks = _load_benchmarks(ctx, models)
+    plan = _plan(ctx, models, benchmarks, ctx.dir)
+    _make_files(ctx, models, plan)
+    return _summarize(ctx, models, benchmarks, plan)
+
+
+def run_shard(ctx: StageContext, *, models: Mapping[str, Path], shard: int, num_shards: int) -> list[Path]:
+    """Sample and grade one shard of every benchmark's problems; returns the folder of its files.
+
+    `responses/MODEL/BENCHMARK/output-rsI.jsonl` are those of `run` with fewer rows, or none. Errors as `run`.
+    """
+    benchmarks = {
+        name: in_shard(problems, shard, num_shards) for name, problems in _load_benchmarks(ctx, models).items()
+    }
+    plan = _plan(ctx, models, benchmarks, ctx.dir / RESPONSES)
+    _make_files(ctx, models, plan)
+    rows = [row for item in plan for index in range(item.num_samples) for row in _token_counts(item.file(index))]
+    ctx.count(tokens=sum(rows), samples=len(rows))
+    return [ctx.dir / RESPONSES]
+
+
+def gather(ctx: StageContext, *, models: Mapping[str, Path], shards: Sequence[Path]) -> list[Path]:
+    """Put the shards' responses together and summarise: the same files as `run` writes.
+
+    Args:
+        shards: their `responses` folders.
+
+    Raises:
+        ConfigError: as `run`, and when a response is missing.
+    """
+    benchmarks = _load_benchmarks(ctx, models)
+    plan = _plan(ctx, models, benchmarks, ctx.dir)
+    for item in plan:
+        for index in item.missing:
+            name = item.file(index).relative_to(ctx.dir)
+            rows = {row["id"]: row for folder in shards for row in read_jsonl(folder / name)}
+            if holes := [problem.id for problem in item.problems if problem.id not in rows]:
+                raise ConfigError(
+                    f"{ctx.label}: {name} lacks {len(holes)} problems, {holes[0]} first; sample them again"
+                )
+            write_jsonl_atomic(item.file(index), (rows[problem.id] for problem in item.problems))
+    return _summarize(ctx, models, benchmarks, plan)
+
+
+def _load_benchmarks(ctx: StageContext, models: Mapping[str, Path]) -> dict[str, list[Problem]]:
+    """The problems by benchmark; what became of the sources' rows is said, and counted for the manifest."""
     settings = ctx.cfg.eval
     if not settings.benchmarks:
         raise ConfigError("eval.benchmarks is empty; name at least one held-out source of problems")
@@ -60,13 +109,32 @@ def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
     loaded = {name: read_source(source) for name, source in settings.benchmarks.items()}
     for name, (_, report) in loaded.items():
         ctx.say(f"benchmark {name}: {report}")
-    benchmarks = {name: problems for name, (problems, _) in loaded.items()}
-    plan = _plan(ctx, models, benchmarks)
+    ctx.count(benchmarks={name: report.to_json() for name, (_, report) in loaded.items()})
+    return {name: problems for name, (problems, _) in loaded.items()}
+
+
+def _make_files(ctx: StageContext, models: Mapping[str, Path], plan: Sequence[_Item]) -> None:
+    """Sample and grade what is missing."""
+    for item in plan:
+        if not item.problems:  # a shard's share of a benchmark may be nothing: no engine is started for it
+            for index in item.missing:
+                write_jsonl_atomic(item.file(index), [])
     todo = [item for item in plan if item.missing]
     if todo:
         _sample_all(ctx, models, todo, total=sum(item.num_samples * len(item.problems) for item in plan))
+
+
+def _token_counts(path: Path) -> list[int]:
+    return [row["num_generated_tokens"] for row in read_jsonl(path)]
+
+
+def _summarize(
+    ctx: StageContext, models: Mapping[str, Path], benchmarks: Mapping[str, Sequence[Problem]], plan: Sequence[_Item]
+) -> list[Path]:
+    """All metrics, from the files alone."""
     results = {(item.benchmark, item.model): _read_results(item) for item in plan}
-    rows = [_summary_row(item, results[item.benchmark, item.model], settings.majority) for item in plan]
+    majority = ctx.cfg.eval.majority
+    rows = [_summary_row(item, results[item.benchmark, item.model], majority) for item in plan]
     for item, row in zip(plan, rows, strict=True):
         write_json_atomic(item.folder / "summary.json", row)
     summary = ctx.dir / "summary.json"
@@ -74,7 +142,6 @@ def run(ctx: StageContext, *, models: Mapping[str, Path]) -> list[Path]:
     ctx.count(
         tokens=sum(row["tokens"] for row in rows),
         samples=sum(row["k"] * row["num_problems"] for row in rows),
-        benchmarks={name: report.to_json() for name, (_, report) in loaded.items()},
     )
     return [*(ctx.dir / name for name in models), summary]
 
@@ -104,14 +171,16 @@ class _Item:
         return [index for index in range(self.num_samples) if not self.file(index).exists()]
 
 
-def _plan(ctx: StageContext, models: Mapping[str, Path], benchmarks: Mapping[str, list[Problem]]) -> list[_Item]:
+def _plan(
+    ctx: StageContext, models: Mapping[str, Path], benchmarks: Mapping[str, list[Problem]], folder: Path
+) -> list[_Item]:
     settings, plan = ctx.cfg.eval, []
     for model in models:
         limits = settings.limits.get(model)
         num_samples = (limits and limits.num_samples) or settings.num_samples
         max_tokens = (limits and limits.max_tokens) or settings.max_tokens
         for name, problems in benchmarks.items():
-            plan.append(_Item(model, name, ctx.dir / model / name, problems, num_samples, max_tokens))
+            plan.append(_Item(model, name, folder / model / name, problems, num_samples, max_tokens))
     return plan
 
 

@@ -18,18 +18,22 @@ def run_status(cfg: RunConfig) -> list[dict[str, Any]]:
     folders = ["warmup"] if cfg.warmup.enabled else []
     shards = sorted(path.name for path in (cfg.run_dir / "search").glob("shard-?????-of-?????"))
     folders += [f"search/{name}" for name in shards or ["shard-00000-of-00001"]]
-    cloned = {path.name[-5:] for path in (cfg.run_dir / "clone").glob("shard-?????-of-?????")}
-    folders += [f"clone/shard-{shard:05d}-of-{total}" for total in sorted(cloned) for shard in range(int(total))]
-    folders.append("traces")
+    folders += [*_shards(cfg.run_dir, "clone"), "traces"]
     for arm in cfg.arms:
-        folders += [f"sft/{arm}", f"select/{arm}", f"rl/{arm}"]
+        folders += [f"sft/{arm}", *_shards(cfg.run_dir, f"select-shards/{arm}"), f"select/{arm}", f"rl/{arm}"]
     if cfg.eval.benchmarks:
-        folders.append("eval")
+        folders += [*_shards(cfg.run_dir, "eval-shards"), "eval"]
     return [_row(cfg.run_dir, folder) for folder in folders]
 
 
+def _shards(run_dir: Path, parent: str) -> list[str]:
+    """Folders of all shards of a stage that was begun in shards."""
+    totals = {path.name[-5:] for path in (run_dir / parent).glob("shard-?????-of-?????")}
+    return [f"{parent}/shard-{shard:05d}-of-{total}" for total in sorted(totals) for shard in range(int(total))]
+
+
 def _row(run_dir: Path, folder: str) -> dict[str, Any]:
-    label = "clone" if folder == "traces" else folder
+    label = "clone" if folder == "traces" else folder.replace("-shards/", "/")
     for name, state in (("manifest.json", "done"), ("state.json", "begun")):
         path = run_dir / folder / name
         if path.is_file():

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from astro_hpc.config import ConfigError
 from astro_hpc.inference import make_engine
+from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.rl.rollouts import Rollout, Sampler
 from astro_hpc.run.files import Journal, write_jsonl_atomic
 from astro_hpc.run.stage import CheckpointedExit, StageContext
+from astro_hpc.search.shards import in_shard
 from astro_hpc.search.stage import training_problems
 from astro_hpc.verifier.pool import VerifierPool
 
+RATES = "rates.jsonl"
+"""Journal: one row a problem, `{"id", "right", "unknown", "samples", "tokens"}`."""
 _BATCH_OF_PROBLEMS = 256  # bounds what is held in memory
 
 
@@ -30,60 +36,100 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
 
     Raises:
         ConfigError: no problem falls within the window.
+        CheckpointedExit: asked to stop; what is sampled is in the journal.
     """
-    cfg, settings = ctx.cfg, ctx.cfg.select
-    loaded = training_problems(cfg, settings.problems)
+    problems = _candidates(ctx)
+    _sample_rates(ctx, model_dir, problems)
+    return _keep(ctx, problems, [ctx.dir / RATES])
+
+
+def run_shard(ctx: StageContext, model_dir: Path, shard: int, num_shards: int) -> list[Path]:
+    """Sample one shard of the candidates into the journal `rates.jsonl`; a shard may be empty.
+
+    Raises:
+        CheckpointedExit: asked to stop; what is sampled is in the journal.
+    """
+    problems = in_shard(_candidates(ctx), shard, num_shards)
+    rates = _sample_rates(ctx, model_dir, problems)
+    ctx.count(candidates=len(problems), tokens=sum(row["tokens"] for row in rates.values()))
+    return [ctx.dir / RATES]
+
+
+def gather(ctx: StageContext, journals: Sequence[Path]) -> list[Path]:
+    """Choose among all candidates by the shards' journals: the same files as `run` writes from one.
+
+    Raises:
+        ConfigError: no problem falls within the window, or one has no pass rate.
+    """
+    return _keep(ctx, _candidates(ctx), journals)
+
+
+def _candidates(ctx: StageContext) -> list[Problem]:
+    loaded = training_problems(ctx.cfg, ctx.cfg.select.problems)
     loaded.report(ctx.dir / "problems.json", ctx.say)
-    problems = loaded.problems
-    rates = {row["id"]: row for row in Journal.read(ctx.dir / "rates.jsonl")}
-    waiting = [problem for problem in problems if problem.id not in rates]
-    tokens = sum(row["tokens"] for row in rates.values())
+    return loaded.problems
 
-    if waiting:
+
+def _sample_rates(ctx: StageContext, model_dir: Path, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Fill the journal `rates.jsonl`; its rows by problem."""
+    cfg, settings = ctx.cfg, ctx.cfg.select
+    with Journal(ctx.dir / RATES) as journal:
+        rates = {row["id"]: row for row in Journal.read(journal.path)}
+        waiting = [problem for problem in problems if problem.id not in rates]
+        if not waiting:
+            return rates
         engine = make_engine(model_dir, cfg.inference, ctx.seed("select"), ctx.log_dir)
-        with (
-            Journal(ctx.dir / "rates.jsonl") as journal,
-            VerifierPool(cfg.verifier) as pool,
-            ctx.progress(len(problems), "problems", done=len(rates)) as progress,
-        ):
-            sampler = Sampler(
-                engine,
-                pool,
-                PromptStyle.load(cfg.model.prompt_style),
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                max_tokens=settings.max_tokens,
-            )
-            for first in range(0, len(waiting), _BATCH_OF_PROBLEMS):
-                batch = waiting[first : first + _BATCH_OF_PROBLEMS]
-                jobs = [
-                    (problem, ctx.seed("select", problem.id, i))
-                    for problem in batch
-                    for i in range(settings.num_samples)
-                ]
-                by_problem: dict[str, list[Rollout]] = defaultdict(list)
+        try:
+            with (
+                VerifierPool(cfg.verifier) as pool,
+                ctx.progress(len(problems), "problems", done=len(rates)) as progress,
+            ):
+                sampler = Sampler(
+                    engine,
+                    pool,
+                    PromptStyle.load(cfg.model.prompt_style),
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    max_tokens=settings.max_tokens,
+                )
+                for first in range(0, len(waiting), _BATCH_OF_PROBLEMS):
+                    batch = waiting[first : first + _BATCH_OF_PROBLEMS]
+                    jobs = [
+                        (problem, ctx.seed("select", problem.id, i))
+                        for problem in batch
+                        for i in range(settings.num_samples)
+                    ]
+                    by_problem: dict[str, list[Rollout]] = defaultdict(list)
 
-                def on_rollout(_: int, rollout: Rollout, by_problem: dict[str, list[Rollout]] = by_problem) -> None:
-                    if ctx.stop_requested:
-                        raise CheckpointedExit(f"{ctx.label}: {len(rates)} of {len(problems)} problems sampled")
-                    answers = by_problem[rollout.problem_id]
-                    answers.append(rollout)
-                    if len(answers) == settings.num_samples:
-                        row = {
-                            "id": rollout.problem_id,
-                            "right": sum(answer.outcome == "right" for answer in answers),
-                            "unknown": sum(answer.outcome == "unknown" for answer in answers),
-                            "samples": len(answers),
-                            "tokens": sum(len(answer.token_ids) for answer in answers),
-                        }
-                        journal.append(row)
-                        rates[rollout.problem_id] = row
-                        progress.update()
+                    def on_rollout(_: int, rollout: Rollout, by_problem: dict[str, list[Rollout]] = by_problem) -> None:
+                        if ctx.stop_requested:
+                            raise CheckpointedExit(f"{ctx.label}: {len(rates)} of {len(problems)} problems sampled")
+                        answers = by_problem[rollout.problem_id]
+                        answers.append(rollout)
+                        if len(answers) == settings.num_samples:
+                            row = {
+                                "id": rollout.problem_id,
+                                "right": sum(answer.outcome == "right" for answer in answers),
+                                "unknown": sum(answer.outcome == "unknown" for answer in answers),
+                                "samples": len(answers),
+                                "tokens": sum(len(answer.token_ids) for answer in answers),
+                            }
+                            journal.append(row)
+                            rates[rollout.problem_id] = row
+                            progress.update()
 
-                sampler.sample(jobs, on_rollout)
-        tokens = sum(row["tokens"] for row in rates.values())
-        engine.close()
+                    sampler.sample(jobs, on_rollout)
+        finally:
+            engine.close()
+    return rates
 
+
+def _keep(ctx: StageContext, problems: Sequence[Problem], journals: Sequence[Path]) -> list[Path]:
+    """Write the problems within the window, and count."""
+    settings = ctx.cfg.select
+    rates = {row["id"]: row for path in journals for row in Journal.read(path)}
+    if holes := [problem.id for problem in problems if problem.id not in rates]:
+        raise ConfigError(f"{ctx.label}: {len(holes)} problems have no pass rate, {holes[0]} first; select them again")
     by_rate = {problem.id: rates[problem.id]["right"] / rates[problem.id]["samples"] for problem in problems}
     low, high = settings.min_pass_rate, settings.max_pass_rate
     kept = [problem for problem in problems if in_window(by_rate[problem.id], low, high)]
@@ -104,6 +150,6 @@ def run(ctx: StageContext, model_dir: Path) -> list[Path]:
         too_easy=too_easy,
         mean_pass_rate=round(sum(by_rate.values()) / len(problems), 4),
         unknown=sum(row["unknown"] for row in rates.values()),
-        tokens=tokens,
+        tokens=sum(row["tokens"] for row in rates.values()),
     )
     return [prompts, ctx.dir / "problems.json"]

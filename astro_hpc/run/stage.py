@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ class Stage:
         body: does the work and returns the outputs' paths, which lie under `dir`.
         prepare: done before it by one process, where `body` is done by several ranks together.
         on_ranks: `body` is carried out by as many ranks as `parallel` says.
+        shards: stages whose results this one gathers; all must be done, as they are declared now.
     """
 
     label: str
@@ -139,6 +140,7 @@ class Stage:
     body: Callable[[StageContext], list[Path]]
     prepare: Callable[[StageContext], object] | None = None
     on_ranks: bool = False
+    shards: Sequence[Stage] = ()
 
 
 def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
@@ -148,11 +150,12 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
         redo: when the inputs or settings changed since, set the old results aside (`NAME.old-1`) and start anew.
 
     Raises:
-        ConfigError: an input is missing; the stage was made, or begun, with other inputs or settings; or another
-            process is at it.
+        ConfigError: an input or a shard is missing; the stage was made, or begun, with other inputs or settings; or
+            another process is at it.
         CheckpointedExit: it was asked to stop and can go on later.
     """
     folder = cfg.run_dir / stage.dir
+    _refuse_missing_shards(cfg, stage)
     for name, path in stage.inputs.items():
         if not path.exists():
             raise ConfigError(f"{stage.label}: its input {name} is missing ({path}); run the stage that makes it first")
@@ -160,6 +163,7 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
     with Lock(cfg.run_dir / ".locks" / (stage.label.replace("/", "-") + ".lock"), f"{cfg.run_dir}: {stage.label}"):
         done = _read(folder / "manifest.json")
         begun = done or _read(folder / "state.json")
+        changed: list[str] = []
         if begun:
             changed = _changed(begun, wanted, stage)
             if changed and not done and {path.name for path in folder.iterdir()} <= {"state.json"}:
@@ -170,9 +174,11 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
                     f"{stage.label}: was {verb} with other {', '.join(changed)}; give the run a new name, "
                     f"or --redo to set the old results aside and do it again"
                 )
-            if changed:
-                _set_aside(folder)
-                done, begun = None, None
+        if changed or not done:
+            _refuse_other_shards(cfg, stage)  # before anything is set aside
+        if changed:
+            _set_aside(folder)
+            done, begun = None, None
         if done:
             missing = [name for name in done["outputs"] if not (cfg.run_dir / name).exists()]
             if not missing:
@@ -185,19 +191,22 @@ def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
     return True
 
 
-def require_done(cfg: RunConfig, stages: Iterable[Stage]) -> None:
-    """Make sure that all `stages` were carried out, as they are declared now.
+def _refuse_missing_shards(cfg: RunConfig, stage: Stage) -> None:
+    absent = [shard.label for shard in stage.shards if not (cfg.run_dir / shard.dir / "manifest.json").exists()]
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise ConfigError(
+            f"{stage.label}: {len(absent)} of {len(stage.shards)} shards are missing or not finished: "
+            f"{', '.join(absent[:5])}{more}; run them first, they go on where they were stopped"
+        )
 
-    Raises:
-        ConfigError: one is not finished, or was done with other inputs or settings.
-    """
+
+def _refuse_other_shards(cfg: RunConfig, stage: Stage) -> None:
     known: dict[Path, str] = {}
-    for stage in stages:
-        done = read_manifest(cfg.run_dir / stage.dir)
-        if done is None:
-            raise ConfigError(f"{stage.label}: is not finished; run it first, it goes on where it was stopped")
-        if changed := _changed(done, _wanted(stage, known), stage):
-            raise ConfigError(f"{stage.label}: was done with other {', '.join(changed)}; do it again with --redo")
+    for shard in stage.shards:
+        done = read_manifest(cfg.run_dir / shard.dir)
+        if done is not None and (changed := _changed(done, _wanted(shard, known), shard)):
+            raise ConfigError(f"{shard.label}: was done with other {', '.join(changed)}; do it again with --redo")
 
 
 def _wanted(stage: Stage, known: dict[Path, str] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shards of one search: which problems each has, where they lie, and all of them put together. Needs no engine."""
+"""Shards of a stage: which problems each has, where they lie; and a search's put together. Needs no engine."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def shard_name(shard: int, num_shards: int) -> str:
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of one search that have a folder.
+    """The shards of one stage that have a folder.
 
     Attributes:
-        search_dir: where they lie.
+        dir: where they lie.
         num_shards: into how many the problems are split.
         present: their numbers, in order.
     """
 
-    search_dir: Path
+    dir: Path
     num_shards: int
     present: tuple[int, ...]
 
@@ -57,23 +57,36 @@ class Shards:
 
     def folder(self, shard: int) -> Path:
         """A shard's folder."""
-        return self.search_dir / shard_name(shard, self.num_shards)
+        return self.dir / shard_name(shard, self.num_shards)
 
 
-def find_shards(run_dir: Path) -> Shards | None:
-    """The shards of a run's search, finished or not; None when there is none.
+def find_shards(parent: Path) -> Shards | None:
+    """The shards that lie in a folder, finished or not; None when there is none.
 
     Raises:
         ConfigError: shards of different splits lie side by side.
     """
-    search_dir = run_dir / "search"
-    names = [folder.name for folder in search_dir.glob("shard-?????-of-?????") if folder.is_dir()]
+    names = [folder.name for folder in parent.glob("shard-?????-of-?????") if folder.is_dir()]
     splits = sorted({int(name[-5:]) for name in names})
     if len(splits) > 1:
         raise ConfigError(
-            f"{search_dir}: shards of different splits ({', '.join(map(str, splits))}); move the stale ones away"
+            f"{parent}: shards of different splits ({', '.join(map(str, splits))}); move the stale ones away"
         )
-    return Shards(search_dir, splits[0], tuple(sorted(int(name[6:11]) for name in names))) if splits else None
+    return Shards(parent, splits[0], tuple(sorted(int(name[6:11]) for name in names))) if splits else None
+
+
+def refuse_other_split(parent: Path, num_shards: int) -> None:
+    """Make sure that shards which lie in a folder already are of the same split.
+
+    Raises:
+        ConfigError: they are of another, or of several.
+    """
+    begun = find_shards(parent)
+    if begun is not None and begun.num_shards != num_shards:
+        raise ConfigError(
+            f"{parent}: is split into {begun.num_shards} already; go on with --num-shards {begun.num_shards}, "
+            "or move its shards away"
+        )
 
 
 def earlier_trees(folder: Path, other_settings: set[str], other_inputs: set[str]) -> list[Path]:
@@ -171,10 +184,10 @@ def gather(run_dir: Path, wanted: Iterable[Problem]) -> GatherReport:
     Raises:
         ConfigError: there are no shards, shards of different splits, or a damaged journal.
     """
-    shards = find_shards(run_dir)
+    shards = find_shards(run_dir / "search")
     if shards is None:
         raise ConfigError(f"{run_dir / 'search'}: no shards; run `astro-hpc search` first")
-    report = GatherReport(shards.search_dir / TREES, shards.num_shards, missing_shards=shards.missing)
+    report = GatherReport(shards.dir / TREES, shards.num_shards, missing_shards=shards.missing)
     statistics, cost = SearchStatistics(), SearchCost()
     missing = {problem.id: True for problem in wanted}
 
@@ -199,5 +212,5 @@ def gather(run_dir: Path, wanted: Iterable[Problem]) -> GatherReport:
     write_jsonl_atomic(report.path, rows())
     report.holes = [problem_id for problem_id, absent in missing.items() if absent]
     report.statistics, report.cost = statistics.to_json(), cost.to_json()
-    write_json_atomic(shards.search_dir / "gather.json", report.to_json())
+    write_json_atomic(shards.dir / "gather.json", report.to_json())
     return report
