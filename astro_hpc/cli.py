@@ -242,6 +242,9 @@ def serve(
     allow_weight_updates: Annotated[
         bool, typer.Option("--allow-weight-updates", help="Let stages replace the weights, as eval and rl do.")
     ] = False,
+    index: Annotated[
+        int | None, typer.Option(help="Which of this machine's inference.num_servers it is: takes its GPUs.", min=0)
+    ] = None,
 ) -> None:
     """One vLLM server for the run's policy, until Ctrl-C; stages use it with inference.engine=vllm-server."""
     from astro_hpc import pipeline
@@ -249,7 +252,7 @@ def serve(
 
     cfg = load_config(config, overrides or [])
     folder = model if model is not None else pipeline.policy_model(cfg)
-    code = serve_model(folder, cfg.inference, cfg.seed, host, port, allow_weight_updates)
+    code = serve_model(folder, cfg.inference, cfg.seed, host, port, allow_weight_updates, index)
     raise typer.Exit(code)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.config.schema import Arm, TrainingConfig
+from astro_hpc.inference.job_servers import started_here
 from astro_hpc.problems.row_files import local_path
 from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
 from astro_hpc.search.shards import (
@@ -310,7 +311,9 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
                 f"rl.replay={cfg.rl.replay}: lies in {folder}, which this stage writes; copy it elsewhere"
             )
         inputs["rollouts"] = cfg.rl.replay
-    return Stage(f"rl/{arm}", Path("rl") / arm, inputs, settings, body, on_ranks=True)
+    servers = 0 if cfg.rl.replay is not None else started_here(cfg.inference)
+    server_gpus = servers * cfg.inference.tensor_parallel_size
+    return Stage(f"rl/{arm}", Path("rl") / arm, inputs, settings, body, on_ranks=True, server_gpus=server_gpus)
 
 
 def evaluate(cfg: RunConfig) -> Stage:

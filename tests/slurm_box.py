@@ -75,11 +75,11 @@ class Run:
     def write_cluster(self, text: str) -> None:
         (self.folder / "cluster.yaml").write_text(text)
 
-    def command(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: object, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **(self.slurm.env if self.slurm else {}), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "astro_hpc", *map(str, arguments)]
         return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
 
     def launch(self, *arguments: str) -> list[dict[str, Any]]:

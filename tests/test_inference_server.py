@@ -153,6 +153,8 @@ def test_new_weights_reach_all_servers_or_none(world, smollm2):
 
     requests = [SampleRequest(tuple(range(seed, seed + 40)), 8, seed=seed) for seed in range(12)]
     before = world.local.generate_many(requests)
+    old_weights = world.engine.weight_digests(1, [0, 77])
+    assert old_weights == world.local.weight_digests(1, [0, 77])
     with pytest.raises(ConfigError, match="has shape"):
         world.engine.load_weights(smollm2, version=3)
     tensors = load_file(world.second / "model.safetensors")
@@ -171,6 +173,9 @@ def test_new_weights_reach_all_servers_or_none(world, smollm2):
         samples = world.engine.generate_many(requests)
         assert_same(samples, world.local.generate_many(requests))
         assert {sample.weight_version for sample in samples} == {version}
+        hashes = world.engine.weight_digests(1, [0, 77])
+        assert hashes == world.local.weight_digests(1, [0, 77])
+        assert (hashes == old_weights) == (folder == world.first)
     assert list((world.root / "logs").glob("weights-*")) == []
 
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from astro_hpc.config import RunConfig, load_config
 from astro_hpc.config.base import ConfigError
 from astro_hpc.launch.cluster import ClusterConfig
-from astro_hpc.launch.graph import LiveJob, as_ranges, build_graph, choose, chunks, from_ranges, plan
+from astro_hpc.launch.graph import (
+    Engines,
+    LiveJob,
+    as_ranges,
+    build_graph,
+    choose,
+    chunks,
+    from_ranges,
+    plan,
+    refuse_shared_process,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -89,6 +99,40 @@ def test_ranks_must_hold_the_model_and_tensor_parallel_stays_inside_a_node():
         build_graph(cfg, cluster_config(sft={"nodes": 3, "tasks_per_node": 4}))
     with pytest.raises(ConfigError, match="would reach over nodes"):
         build_graph(cfg, cluster_config(sft={"nodes": 4, "tasks_per_node": 2}))
+
+
+def test_rl_has_nodes_that_train_and_nodes_that_serve():
+    inference = {"engine": "vllm-server", "num_servers": 2, "tensor_parallel_size": 2}
+    cfg = run_config(parallel={"tensor_parallel_size": 2}, inference=inference)
+    jobs = build_graph(cfg, cluster_config(rl={"nodes": 4, "engine_nodes": 3, "tasks_per_node": 2}))
+    [rl] = [job for job in jobs if job.stage == "rl"]
+    assert (rl.train_nodes, rl.engines) == (1, Engines(nodes=3, servers=2))
+    assert all(job.engines is None for job in jobs if job.stage != "rl")
+    by_gpu = ClusterConfig.model_validate({"gpus_per_node": 4, "stages": {"rl": {"nodes": 2, "engine_nodes": 1}}})
+    [rl] = [job for job in build_graph(cfg, by_gpu) if job.stage == "rl"]
+    assert rl.resources.tasks_per_node == 4, "a rank a GPU"
+    for sizes, rl, message in [
+        ({}, {"nodes": 2, "engine_nodes": 1, "tasks_per_node": 3}, "1 nodes x 3 ranks .*a multiple of 2 ranks"),
+        ({}, {"nodes": 3, "engine_nodes": 1, "tasks_per_node": 1}, "would reach over nodes"),
+        ({"gpus_per_node": 3}, {"nodes": 2, "engine_nodes": 1}, "needs 4 GPUs a node, it has 3; lower one"),
+        ({"gpus_per_node": 6}, {"nodes": 1, "tasks_per_node": 4}, "needs 4 of the first node's 6 GPUs; .*engine_nodes"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            build_graph(cfg, ClusterConfig.model_validate({"gpus_per_node": 0, **sizes, "stages": {"rl": rl}}))
+    with pytest.raises(ConfigError, match=r"engine_nodes=1 .* needs inference\.engine=vllm-server and .*num_servers"):
+        build_graph(run_config(), cluster_config(rl={"nodes": 2, "engine_nodes": 1}))
+    with pytest.raises(ValueError, match="2 of 2 nodes would serve and none train"):
+        cluster_config(rl={"nodes": 2, "engine_nodes": 2})
+
+
+def test_an_engine_in_the_process_of_one_of_several_ranks_is_refused():
+    cfg = run_config(parallel={"tensor_parallel_size": 2})
+    jobs = build_graph(cfg, cluster_config())
+    refuse_shared_process(choose(jobs, ["sft"]), cfg)
+    with pytest.raises(ConfigError, match="rl-astro: 2 ranks train, and inference.engine=vllm would sample in one"):
+        refuse_shared_process(jobs, cfg)
+    refuse_shared_process(jobs, run_config(parallel={"tensor_parallel_size": 2}, rl={"replay": "somewhere"}))
+    refuse_shared_process(jobs, run_config())
 
 
 def test_choosing_stages():

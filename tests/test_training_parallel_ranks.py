@@ -22,6 +22,7 @@ from astro_hpc.model.sizes import local_world_size, visible_gpus
 from astro_hpc.run.metrics import read_metrics
 from astro_hpc.run.ranks import Place, RankFailed, first_host, place_from, run_ranks, set_rendezvous
 from astro_hpc.run.stage import StageContext
+from astro_hpc.training.ranks import check_blocks
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ("step", "loss", "grad_norm", "lr", "tokens")
@@ -199,6 +200,15 @@ def test_places_and_meeting_points() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
         set_rendezvous({})
+
+
+def test_ranks_that_were_dealt_out_one_by_one_are_refused() -> None:
+    two = ParallelConfig(tensor_parallel_size=2)
+    for rank in range(4):
+        check_blocks(two, Place(rank, rank % 2, 4))
+        check_blocks(ParallelConfig(), Place(rank, rank // 2, 4))
+    with pytest.raises(ConfigError, match="rank 1 is number 0 on its machine: .* --distribution=block"):
+        check_blocks(two, Place(1, 0, 4))
 
 
 def test_how_many_ranks_a_machine_starts() -> None:

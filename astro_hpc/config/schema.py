@@ -187,7 +187,9 @@ class InferenceConfig(Section):
     servers: list[str] = Field(default_factory=list)
     """Addresses of running vLLM servers (`astro-hpc serve`), for instance [http://node1:8000, http://node2:8000]."""
     num_servers: PositiveInt | None = None
-    """Instead of `servers`: start this many on this machine, `tensor_parallel_size` GPUs each, for the stage's time."""
+    """Instead of `servers`: start this many on this machine, `tensor_parallel_size` GPUs each, for the stage's time.
+    rl's ranks take the first GPUs, its servers the next; in a job with engine nodes (`stages.rl.engine_nodes` of the
+    cluster file) each of those runs so many."""
     server_api_key_env: str | None = None
     """Name of the environment variable that holds the servers' API key; the key itself is never written."""
     server_start_seconds: Annotated[float, Field(gt=0)] = 1200.0

@@ -21,6 +21,11 @@ from astro_hpc.inference.server_client import FINGERPRINT_PREFIX
 from astro_hpc.run.files import fingerprint
 
 _FIRST_PORT, _NUM_PORTS, _PORTS_A_JOB = 20_000, 12_000, 16
+_OF_RANKS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("ASTRO_HPC_STAGE", "ASTRO_HPC_LISTEN_FD", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"),
+)
+"""Variables that tell a rank of the training where to meet the others; a server that it starts is none of them."""
 _TERM_SECONDS, _KILL_SECONDS = 20.0, 5.0
 _LOG_TAIL_BYTES = 16_384
 
@@ -50,8 +55,11 @@ def choose_port(index: int, host: str = "127.0.0.1", environ: Mapping[str, str] 
     raise ConfigError(f"no port is free on {host}")
 
 
-def gpu_shares(num_servers: int, gpus_each: int) -> list[str | None]:
+def gpu_shares(num_servers: int, gpus_each: int, taken: int = 0) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each server; None on a machine without GPUs.
+
+    Args:
+        taken: so many GPUs, the first, are used by the ranks of a training that goes on beside the servers.
 
     Raises:
         ConfigError: there are fewer GPUs than the servers need.
@@ -62,21 +70,23 @@ def gpu_shares(num_servers: int, gpus_each: int) -> list[str | None]:
         return [None] * num_servers
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    return list(share_out(devices, num_servers, gpus_each))
+    return list(share_out(devices, num_servers, gpus_each, taken))
 
 
-def share_out(devices: Sequence[str], num_servers: int, gpus_each: int) -> list[str]:
-    """Disjoint shares of `gpus_each` devices, as CUDA_VISIBLE_DEVICES wants them.
+def share_out(devices: Sequence[str], num_servers: int, gpus_each: int, taken: int = 0) -> list[str]:
+    """Disjoint shares of `gpus_each` devices, as CUDA_VISIBLE_DEVICES wants them; the first `taken` are in none.
 
     Raises:
         ConfigError: there are too few.
     """
-    if num_servers * gpus_each > len(devices):
+    wanted = num_servers * gpus_each
+    if taken + wanted > len(devices):
+        beside = f" beside the {taken} of the ranks that train" if taken else ""
         raise ConfigError(
-            f"inference.num_servers={num_servers} with tensor_parallel_size={gpus_each} needs "
-            f"{num_servers * gpus_each} GPUs, {len(devices)} are there; lower one of them"
+            f"inference.num_servers={num_servers} with tensor_parallel_size={gpus_each} needs {wanted} GPUs{beside}, "
+            f"{len(devices)} are there; lower one of them" + (", or train on fewer ranks" if taken else "")
         )
-    return [",".join(devices[first : first + gpus_each]) for first in range(0, num_servers * gpus_each, gpus_each)]
+    return [",".join(devices[first : first + gpus_each]) for first in range(taken, taken + wanted, gpus_each)]
 
 
 def default_threads(num_servers: int) -> int:
@@ -131,7 +141,8 @@ class LocalServer:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several servers would bind to the same cores
             "VLLM_SERVER_DEV_MODE": "1" if allow_weight_updates else "0",
         }
-        self._environment.pop("VLLM_API_KEY", None)
+        for name in ("VLLM_API_KEY", *_OF_RANKS):
+            self._environment.pop(name, None)
         if api_key is not None:
             self._environment["VLLM_API_KEY"] = api_key
         if gpus is not None:

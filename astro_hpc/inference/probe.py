@@ -20,15 +20,21 @@ _PARTS = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 """vLLM's fused layer -> the Hugging Face tensors whose rows it holds, in order."""
+_SPLIT_BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
+"""Of which a tensor-parallel rank has some columns; of the others it has some rows."""
+_KEY_VALUE = ("self_attn.k_proj", "self_attn.v_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _LAST_NORM = "model.norm.weight"
 
 
 def engine_digests(model: Any, layer: int, columns: Sequence[int]) -> dict[str, str]:
-    """Hashes of some columns of each linear layer, and of the norms, in decoder layer `layer` of a vLLM Llama; `dtype`.
+    """Hashes of some columns of each linear layer, and of the norms, in decoder layer `layer` of a vLLM Llama.
+
+    Of one tensor-parallel rank's part of the model; with them come `dtype`, and `copies`, the ranks that share a
+    key/value head.
 
     Args:
-        columns: indices; taken modulo each layer's width.
+        columns: indices; taken modulo the width of the rank's part of each layer.
     """
     import torch
 
@@ -37,7 +43,7 @@ def engine_digests(model: Any, layer: int, columns: Sequence[int]) -> dict[str, 
     found: dict[str, torch.Tensor] = {}
     for name in _PARTS:
         module = modules[prefix + name]
-        width = module.input_size
+        width = getattr(module, "input_size_per_partition", module.input_size)
         units = torch.zeros(len(columns), width, dtype=module.params_dtype, device=_device(model))
         for row, column in enumerate(columns):
             units[row, column % width] = 1
@@ -46,16 +52,36 @@ def engine_digests(model: Any, layer: int, columns: Sequence[int]) -> dict[str, 
     found |= {name: modules[prefix + name].weight.detach() for name in _NORMS}
     found[_LAST_NORM] = modules["model.norm"].weight.detach()
     dtype = str(found[_LAST_NORM].dtype).removeprefix("torch.")
-    return {"dtype": dtype, **{name: _digest(tensor) for name, tensor in found.items()}}
+    copies = str(modules[f"{prefix}self_attn.qkv_proj"].num_kv_head_replicas)
+    return {"dtype": dtype, "copies": copies, **{name: _digest(tensor) for name, tensor in found.items()}}
+
+
+def of_all_ranks(by_rank: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The digests of an engine's tensor-parallel ranks as one mapping, `RANK/NAME`; with `ranks`, their number."""
+    first = by_rank[0]
+    named = {
+        f"{rank}/{name}": digest
+        for rank, digests in enumerate(by_rank)
+        for name, digest in digests.items()
+        if name not in ("dtype", "copies")
+    }
+    return {"dtype": first["dtype"], "copies": first["copies"], "ranks": str(len(by_rank)), **named}
 
 
 def trainer_digests(
-    tensors: Iterable[tuple[str, torch.Tensor]], layer: int, columns: Sequence[int], dtype: torch.dtype
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    layer: int,
+    columns: Sequence[int],
+    dtype: torch.dtype,
+    ranks: int = 1,
+    copies: int = 1,
 ) -> dict[str, str]:
     """The same of Hugging Face tensors; all of them are gone through, so that every rank takes part in gathering.
 
     Args:
         dtype: the engine's.
+        ranks: its tensor-parallel size.
+        copies: how many of its ranks share a key/value head.
     """
     import torch
 
@@ -66,12 +92,28 @@ def trainer_digests(
             kept[name] = tensor.to(dtype, copy=True)
         elif name.startswith(prefix):
             short = name.removeprefix(prefix).removesuffix(".weight")
-            if tensor.ndim == 2:
-                tensor = tensor[:, [column % tensor.shape[1] for column in columns]].T
-            kept[short] = tensor.to(dtype, copy=True)
-    fused = {name: torch.cat([kept[part] for part in parts], dim=1) for name, parts in _PARTS.items()}
-    fused |= {name: kept[name] for name in (*_NORMS, _LAST_NORM)}
-    return {name: _digest(tensor) for name, tensor in fused.items()}
+            if tensor.ndim != 2:
+                kept[short] = tensor.to(dtype, copy=True)
+                continue
+            for rank in range(ranks):
+                kept[f"{rank}/{short}"] = _part(tensor, short, columns, rank, ranks, copies).to(dtype, copy=True)
+    digests = {}
+    for rank in range(ranks):
+        for name, parts in _PARTS.items():
+            digests[f"{rank}/{name}"] = _digest(torch.cat([kept[f"{rank}/{part}"] for part in parts], dim=1))
+        digests |= {f"{rank}/{name}": _digest(kept[name]) for name in (*_NORMS, _LAST_NORM)}
+    return digests
+
+
+def _part(tensor: torch.Tensor, name: str, columns: Sequence[int], rank: int, ranks: int, copies: int) -> torch.Tensor:
+    """The chosen columns of what a tensor-parallel rank holds of a matrix, as rows: [columns, out]."""
+    if name in _SPLIT_BY_COLUMNS:
+        width = tensor.shape[1] // ranks
+        return tensor[:, [rank * width + column % width for column in columns]].T
+    if name in _KEY_VALUE:  # where there are fewer heads than ranks, neighbouring ranks have the same
+        rank, ranks = rank // copies, ranks // copies
+    height = tensor.shape[0] // ranks
+    return tensor[rank * height : (rank + 1) * height, [column % tensor.shape[1] for column in columns]].T
 
 
 def different(engine: Mapping[str, str], trainer: Mapping[str, str]) -> list[str]:

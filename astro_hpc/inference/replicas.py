@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.balancer import Balancer, RetryPolicy
 from astro_hpc.inference.engine import SampleRequest
+from astro_hpc.inference.job_servers import KEY, job_servers
 from astro_hpc.inference.local_server import LocalServer, choose_port, default_threads, gpu_shares
+from astro_hpc.inference.probe import of_all_ranks
 from astro_hpc.inference.server_client import INITIAL_WEIGHTS, ServerClient, ServerError, ServerFault, ServerUnfit
 from astro_hpc.run.seeds import derive_seed
 
@@ -67,12 +69,14 @@ class Replica:
         faults: wrong answers in a row.
         trouble: what was wrong with it last.
         local: its process, where we started it.
+        awaited: this job starts it on another node, and it may still be loading its model.
     """
 
     client: ServerClient
     lost: asyncio.Future[None]
     wake: asyncio.Event
     local: LocalServer | None = None
+    awaited: bool = False
     well: bool = False
     faults: int = 0
     restarts: int = 0
@@ -109,6 +113,7 @@ class ReplicaSet:
         names: list[str],
         probe: SampleRequest,
         count: Callable[[str], None],
+        gpus_taken: int = 0,
     ) -> None:
         """Take note of what is wanted; `open` does it.
 
@@ -118,12 +123,13 @@ class ReplicaSet:
             names: of the model, as `model_names` gives them.
             probe: a short request, which a server has to answer to be used.
             count: called with the name of an event that is worth counting.
+            gpus_taken: so many GPUs, the first, are not for servers that are started.
         """
         self.wanted = Weights(0, names[1], model_dir, initial=True)
         self.failure: str | None = None
         self._model_dir, self._cfg, self._seed, self._log_dir = model_dir, cfg, seed, log_dir
         self._probe, self._count = probe, count
-        self._names = names
+        self._names, self._gpus_taken = names, gpus_taken
         self._retry = RetryPolicy()
         self._replicas: list[Replica] = []
         self._waiting: deque[_Waiting] = deque()
@@ -143,7 +149,9 @@ class ReplicaSet:
         # Shorter than vLLM keeps idle connections: a request hardly ever meets one that is being closed.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
         self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
-        if self._cfg.num_servers is not None:
+        for url in (of_job := job_servers(self._cfg)):
+            self._add(url, os.environ.get(KEY), awaited=True)
+        if self._cfg.num_servers is not None and not of_job:
             self._start_servers(self._cfg.num_servers, key or secrets.token_hex(16))
         for url in self._cfg.servers:
             self._add(url, key)
@@ -156,6 +164,8 @@ class ReplicaSet:
         finally:
             for check in checks:
                 check.cancel()
+        if not self._well():
+            raise RuntimeError(f"none of the job's servers came up: {self._troubles()}; their logs lie beside this one")
         for work in (*[self._keep(replica) for replica in self._replicas], self._watch()):
             self._keepers.append(asyncio.create_task(work))
             self._keepers[-1].add_done_callback(self._keeper_ended)
@@ -177,13 +187,13 @@ class ReplicaSet:
         for server in servers:
             server.stop()
 
-    def _add(self, url: str, key: str | None, local: LocalServer | None = None) -> None:
+    def _add(self, url: str, key: str | None, local: LocalServer | None = None, awaited: bool = False) -> None:
         assert self._session is not None
         lost = asyncio.get_running_loop().create_future()
-        self._replicas.append(Replica(ServerClient(url, self._session, key), lost, asyncio.Event(), local))
+        self._replicas.append(Replica(ServerClient(url, self._session, key), lost, asyncio.Event(), local, awaited))
 
     def _start_servers(self, count: int, key: str) -> None:
-        for index, gpus in enumerate(gpu_shares(count, self._cfg.tensor_parallel_size)):
+        for index, gpus in enumerate(gpu_shares(count, self._cfg.tensor_parallel_size, self._gpus_taken)):
             local = LocalServer(
                 self._model_dir,
                 self._cfg,
@@ -199,22 +209,24 @@ class ReplicaSet:
 
     async def _first_check(self, replica: Replica) -> None:
         try:
-            if replica.local is not None:
-                await self._wait_until_up(replica, replica.local)
+            if replica.local is not None or replica.awaited:
+                await self._wait_until_up(replica)
             await self._admit(replica)
         except ServerError as error:
+            if replica.awaited and isinstance(error, ServerFault):  # the others can begin; it may still come
+                return self._lose(replica, str(error))
             if replica.local is not None:
                 raise ConfigError(f"inference.num_servers: {error}") from None
             mend = "; start it with `astro-hpc serve CONFIG --port PORT`, or take it out of the list"
             text = f"can't be used ({error}){mend}" if isinstance(error, ServerFault) else str(error)
             raise ConfigError(f"inference.servers: {replica.url} {text}") from None
 
-    async def _wait_until_up(self, replica: Replica, local: LocalServer) -> None:
-        """Until a server that we started answers."""
+    async def _wait_until_up(self, replica: Replica) -> None:
+        """Until a server that was just started answers."""
         limit = self._cfg.server_start_seconds
         deadline = time.monotonic() + limit
         while True:
-            if (code := local.exit_code()) is not None:
+            if (local := replica.local) is not None and (code := local.exit_code()) is not None:
                 log = f" ({local.log})" if local.log else ""
                 raise ServerFault(f"a server ended with exit code {code} at its start: {local.last_words()}{log}")
             with contextlib.suppress(ServerFault):
@@ -339,15 +351,17 @@ class ReplicaSet:
         local.stop()
         local.start(int(replica.url.rpartition(":")[2]))  # on this thread, as long as which the child lives
         self._count("servers_restarted")
-        await self._wait_until_up(replica, local)
+        await self._wait_until_up(replica)
 
     async def _watch(self) -> None:
         """Give up when no replica has been well for too long."""
         limit = self._cfg.server_lost_seconds
         while self._none_well_since is None or time.monotonic() - self._none_well_since < limit:
             await asyncio.sleep(min(1.0, limit / 4))
-        troubles = "; ".join(f"{replica.url} ({replica.trouble})" for replica in self._replicas)
-        self._fail(f"no server for {limit:g} s (inference.server_lost_seconds), waited for {troubles}")
+        self._fail(f"no server for {limit:g} s (inference.server_lost_seconds), waited for {self._troubles()}")
+
+    def _troubles(self) -> str:
+        return "; ".join(f"{replica.url} ({replica.trouble})" for replica in self._replicas)
 
     def _keeper_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -391,6 +405,17 @@ class ReplicaSet:
         troubles = await asyncio.gather(*[push(replica) for replica in self._well()])
         if troubles and all(troubles):
             raise RuntimeError(f"no server could load {weights.folder}: {troubles[0]}")
+
+    async def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, dict[str, str]]:
+        """By address, hashes of parts of the weights of the replicas that are well and can be asked."""
+        found = {}
+        for replica in self._well():
+            with contextlib.suppress(ServerUnfit):
+                try:
+                    found[replica.url] = of_all_ranks(await replica.client.weight_digests(layer, columns))
+                except ServerFault as error:
+                    self.suspect(replica, str(error))
+        return found
 
     def _well(self) -> list[Replica]:
         return [replica for replica in self._replicas if replica.well]

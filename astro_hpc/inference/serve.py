@@ -12,22 +12,33 @@ from pathlib import Path
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
-from astro_hpc.inference.local_server import LocalServer
+from astro_hpc.inference.local_server import LocalServer, default_threads, gpu_shares
 from astro_hpc.inference.replicas import api_key
 
 _POLL_SECONDS = 0.25
 
 
 def serve(
-    model_dir: Path, cfg: InferenceConfig, seed: int, host: str, port: int, allow_weight_updates: bool = False
+    model_dir: Path,
+    cfg: InferenceConfig,
+    seed: int,
+    host: str,
+    port: int,
+    allow_weight_updates: bool = False,
+    index: int | None = None,
 ) -> int:
     """Serve a model with the settings of the in-process engine, until SIGTERM or Ctrl-C.
+
+    Args:
+        index: which of this machine's `inference.num_servers` servers this is: it takes its share of the GPUs, or
+            on CPU of the cores. None: it is alone here.
 
     Returns:
         0 when it was told to end; else the exit code of the server, which has said why.
 
     Raises:
-        ConfigError: the folder is no model, the port is taken, or weights could be replaced by anybody.
+        ConfigError: the folder is no model, the port is taken, weights could be replaced by anybody, or the GPUs are
+            too few.
     """
     for name in ("config.json", "tokenizer_config.json"):
         if not (model_dir / name).is_file():
@@ -39,10 +50,23 @@ def serve(
             "set inference.server_api_key_env to the name of a variable with a key, or use --host 127.0.0.1"
         )
     _check_port(host, port)
+    servers = cfg.num_servers or 1
+    if index is not None and index >= servers:
+        raise ConfigError(f"--index {index}: inference.num_servers is {servers}; count from 0")
+    gpus = None if index is None else gpu_shares(servers, cfg.tensor_parallel_size)[index]
     stop = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
-    server = LocalServer(model_dir, cfg, seed=seed, host=host, api_key=key, allow_weight_updates=allow_weight_updates)
+    server = LocalServer(
+        model_dir,
+        cfg,
+        seed=seed,
+        host=host,
+        api_key=key,
+        allow_weight_updates=allow_weight_updates,
+        threads=None if index is None else default_threads(servers),
+        gpus=gpus,
+    )
     try:
         server.start(port)
         print(f"serve: loading {model_dir}", file=sys.stderr, flush=True)

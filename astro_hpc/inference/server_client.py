@@ -213,6 +213,23 @@ class ServerClient:
             raise ServerFault("its prefix cache could not be cleared; something else uses this server")
         await self._name_weights(version)
 
+    async def weight_digests(self, layer: int, columns: Sequence[int]) -> list[dict[str, str]]:
+        """Hashes of parts of the weights that each of the server's workers computes with; see `inference.probe`.
+
+        Raises:
+            ServerFault: no answer, or none that can be read.
+            ServerUnfit: it was started without weight updates.
+        """
+        arguments = {"method": "weight_digests", "kwargs": {"layer": layer, "columns": list(columns)}}
+        answer = await self._call("POST", "/collective_rpc", arguments, seconds=_CHECK_SECONDS)
+        try:
+            by_rank = [{str(name): str(digest) for name, digest in each.items()} for each in answer["results"]]
+        except (KeyError, TypeError, AttributeError):
+            by_rank = []
+        if not by_rank or not all({"dtype", "copies"} <= each.keys() for each in by_rank):
+            raise ServerFault("an answer without the weights' hashes")
+        return by_rank
+
     async def _name_weights(self, name: str) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": name}, seconds=_CHECK_SECONDS)
 

@@ -47,12 +47,20 @@ class VLLMServerEngine:
     wanted ones is given those before it gets requests.
     """
 
-    def __init__(self, model_dir: Path, cfg: InferenceConfig, seed: int = 0, log_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        cfg: InferenceConfig,
+        seed: int = 0,
+        log_dir: Path | None = None,
+        gpus_taken: int = 0,
+    ) -> None:
         """Connect to the servers, or start them.
 
         Args:
             seed: of the servers that are started, and of the jitter between attempts.
             log_dir: for the output of servers that are started, and for weights on their way to the servers.
+            gpus_taken: so many GPUs, the first, are not for servers that are started.
 
         Raises:
             ConfigError: a server can't be reached or does not fit this run: which, why, and how to mend it.
@@ -73,7 +81,9 @@ class VLLMServerEngine:
                 shutil.rmtree(left_over, ignore_errors=True)
         self._names = model_names(model_dir)
         probe = SampleRequest((self.tokenizer.encode("1", add_special_tokens=False)[0],), 1, temperature=0.0)
-        self._replicas = ReplicaSet(model_dir.resolve(), cfg, seed, log_dir, self._names, probe, self._count)
+        self._replicas = ReplicaSet(
+            model_dir.resolve(), cfg, seed, log_dir, self._names, probe, self._count, gpus_taken
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-servers", daemon=True)
         self._thread.start()
@@ -149,8 +159,21 @@ class VLLMServerEngine:
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
 
-    def weight_digests(self, layer: int, columns: Sequence[int]) -> None:
-        """Servers can't be asked: they name the weights behind every sample, and half-loaded ones never count."""
+    def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, str] | None:
+        """See `Engine.weight_digests`; None where no server allows weight updates.
+
+        Raises:
+            RuntimeError: two servers hold different weights.
+        """
+        self._check_open()
+        by_url = self._on_loop(self._replicas.weight_digests(layer, columns)).result()
+        if not by_url:
+            return None
+        (first, digests), *others = by_url.items()
+        for url, theirs in others:
+            if theirs != digests:
+                raise RuntimeError(f"{first} and {url} hold different weights; see their logs for a failed load")
+        return digests
 
     def close(self) -> None:
         """End the connections, and the servers that were started; twice is harmless."""

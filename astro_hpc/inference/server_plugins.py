@@ -37,13 +37,19 @@ class GuardAllPaths:
 
 
 class WeightUpdates:
-    """Extension of vLLM's worker: what replaces the weights by a folder's, on CPU too."""
+    """Extension of vLLM's worker: replaces the weights by a folder's, on CPU too, and tells which ones it has."""
 
     def load_weights_folder(self: Any, weights_path: str) -> None:
         """Load the safetensors of a Hugging Face folder into the live model; the caller clears the prefix cache."""
         self.reload_weights(weights_path=weights_path)
         if self.device.type == "cpu":
             repack_embeddings(self.get_model())
+
+    def weight_digests(self: Any, layer: int, columns: list[int]) -> dict[str, str]:
+        """Hashes of parts of this worker's weights; see `inference.probe.engine_digests`."""
+        from astro_hpc.inference.probe import engine_digests
+
+        return engine_digests(self.get_model(), layer, columns)
 
 
 def repack_embeddings(model: Any) -> None:

@@ -153,10 +153,10 @@ class VLLMEngine:
 
     def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, str]:
         """See `Engine.weight_digests`."""
-        from astro_hpc.inference.probe import engine_digests
+        from astro_hpc.inference.probe import engine_digests, of_all_ranks
 
         def probe(engine: Any) -> dict[str, str]:
-            return engine.apply_model(partial(engine_digests, layer=layer, columns=list(columns)))[0]  # type: ignore[no-any-return]
+            return of_all_ranks(engine.apply_model(partial(engine_digests, layer=layer, columns=list(columns))))
 
         return self._call(probe)  # type: ignore[no-any-return]
 

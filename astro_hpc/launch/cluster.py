@@ -57,7 +57,8 @@ class StageConfig(Section):
 
     nodes: PositiveInt = 1
     tasks_per_node: PositiveInt | None = None
-    """Processes a node: ranks of a training stage. None: one a GPU for warmup and sft, else 1."""
+    """Processes a node: ranks of a training stage. None: one a GPU for warmup, sft, and rl with engine nodes; else
+    1, which starts its ranks itself."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     cpus_per_task: PositiveInt | None = None
     memory: Word | None = None
@@ -75,6 +76,23 @@ class ArrayStageConfig(StageConfig):
     shards: Annotated[int, Field(gt=0, le=99_999)] = 1
     throttle: PositiveInt | None = None
     """At most this many tasks at the same time; None: as many as Slurm will."""
+
+
+class RLStageConfig(StageConfig):
+    """Reinforcement learning: on one machine, or with nodes that train and nodes that serve in one allocation."""
+
+    engine_nodes: Annotated[int, Field(ge=0)] = 0
+    """So many of `nodes`, the last, run `inference.num_servers` vLLM servers each; the others train, with
+    `tasks_per_node` ranks each. 0: the stage starts its servers itself."""
+
+    @model_validator(mode="after")
+    def _some_train(self) -> RLStageConfig:
+        if self.engine_nodes >= self.nodes:
+            raise ValueError(
+                f"engine_nodes: {self.engine_nodes} of {self.nodes} nodes would serve and none train; "
+                f"lower it, or set nodes to {self.engine_nodes + 1} or more"
+            )
+        return self
 
 
 class LightStageConfig(StageConfig):
@@ -95,7 +113,7 @@ class StagesConfig(Section):
     clone: ArrayStageConfig = ArrayStageConfig()
     sft: StageConfig = StageConfig()
     select: StageConfig = StageConfig()
-    rl: StageConfig = StageConfig()
+    rl: RLStageConfig = RLStageConfig()
     eval: StageConfig = StageConfig()
     report: LightStageConfig = LightStageConfig()
 
@@ -161,7 +179,8 @@ class ClusterConfig(Section):
         }
         merged = own.model_copy(update={**filled, "environment": {**self.environment, **own.environment}})
         if merged.tasks_per_node is None:
-            ranks = merged.gpus_per_node if name in ("warmup", "sft") else None
+            by_gpu = name in ("warmup", "sft") or getattr(own, "engine_nodes", 0) > 0
+            ranks = merged.gpus_per_node if by_gpu else None
             merged = merged.model_copy(update={"tasks_per_node": ranks or 1})
         return merged
 

@@ -6,11 +6,24 @@ warmup -> search (array) -> gather -> clone (array -> gather) -> per arm: sft ->
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch.cluster import STAGES, ClusterConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The part of a job that serves.
+
+    Attributes:
+        nodes: of the job's nodes, the last so many.
+        servers: vLLM servers on each.
+    """
+
+    nodes: int
+    servers: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Job:
         num_tasks: size of the array; None: no array.
         throttle: tasks of the array at the same time.
         arm: whose models it makes; None: it serves all.
+        engines: servers that it starts on nodes of their own.
     """
 
     name: str
@@ -40,6 +54,12 @@ class Job:
     num_tasks: int | None = None
     throttle: int | None = None
     arm: str | None = None
+    engines: Engines | None = None
+
+    @property
+    def train_nodes(self) -> int:
+        """Nodes that its command runs on."""
+        return self.resources.nodes - (self.engines.nodes if self.engines else 0)
 
     @property
     def tasks(self) -> range:
@@ -55,7 +75,8 @@ def build_graph(cfg: RunConfig, cluster: ClusterConfig) -> list[Job]:
     """All jobs of a run, each behind those that it waits for.
 
     Raises:
-        ConfigError: the ranks of a training stage can't hold the model as `parallel` splits it.
+        ConfigError: the ranks of a training stage can't hold the model as `parallel` splits it, or can't share their
+            nodes with the servers.
     """
     jobs: list[Job] = []
 
@@ -89,6 +110,7 @@ def build_graph(cfg: RunConfig, cluster: ClusterConfig) -> list[Job]:
         sft = add(f"sft-{arm}", "sft CONFIG --arm ARM", last, "sft/{arm}", stage="sft", arm=arm)
         select = add(f"select-{arm}", "select CONFIG --arm ARM", sft, "select/{arm}", stage="select", arm=arm)
         ends += add(f"rl-{arm}", "rl CONFIG --arm ARM", [*sft, *select], "rl/{arm}", stage="rl", arm=arm)
+        jobs[-1] = replace(jobs[-1], engines=_engines(cfg, cluster))
     if cfg.eval.benchmarks:
         ends = add("eval", "eval CONFIG", ends, "eval")
     add("report", "report RUN", ends, "report")
@@ -97,14 +119,44 @@ def build_graph(cfg: RunConfig, cluster: ClusterConfig) -> list[Job]:
     return jobs
 
 
+def _engines(cfg: RunConfig, cluster: ClusterConfig) -> Engines | None:
+    """What serves beside the training."""
+    nodes, inference = cluster.stages.rl.engine_nodes, cfg.inference
+    if nodes == 0:
+        return None
+    where = f"stages.rl.engine_nodes={nodes} of the cluster file"
+    if inference.num_servers is None:
+        raise ConfigError(
+            f"{where}: needs inference.engine=vllm-server and inference.num_servers, the servers on each such node"
+        )
+    if cfg.rl.replay is not None or cfg.rl.rollouts_only:
+        raise ConfigError(f"{where}: rl.replay has nothing to serve and rl.rollouts_only nothing to train; set it to 0")
+    gpus, wanted = cluster.stage("rl").gpus_per_node, inference.num_servers * inference.tensor_parallel_size
+    if gpus and wanted > gpus:
+        raise ConfigError(
+            f"{where}: inference.num_servers={inference.num_servers} with tensor_parallel_size="
+            f"{inference.tensor_parallel_size} needs {wanted} GPUs a node, it has {gpus}; lower one of them"
+        )
+    return Engines(nodes, inference.num_servers)
+
+
 def _check_ranks(job: Job, cfg: RunConfig) -> None:
-    if job.stage not in ("warmup", "sft"):
+    if job.stage not in ("warmup", "sft", "rl"):
         return
     per_node = job.resources.tasks_per_node or 1
-    ranks, parallel = job.resources.nodes * per_node, cfg.parallel
+    ranks, parallel = job.train_nodes * per_node, cfg.parallel
+    samples = job.stage == "rl" and cfg.rl.replay is None
     if ranks == 1:
         return  # the stage starts its ranks itself
-    where = f"{job.resources.nodes} nodes x {per_node} ranks (stages.{job.stage} of the cluster file)"
+    where = f"{job.train_nodes} nodes x {per_node} ranks (stages.{job.stage} of the cluster file)"
+    gpus = job.resources.gpus_per_node
+    servers = cfg.inference.num_servers if samples and job.engines is None else None
+    if gpus and servers and per_node + servers * cfg.inference.tensor_parallel_size > gpus:
+        raise ConfigError(
+            f"{where}: inference.num_servers={servers} with tensor_parallel_size="
+            f"{cfg.inference.tensor_parallel_size} needs {servers * cfg.inference.tensor_parallel_size} of the first "
+            f"node's {gpus} GPUs; lower tasks_per_node, or give the servers nodes of their own (engine_nodes)"
+        )
     if ranks % parallel.model_parallel_size:
         raise ConfigError(
             f"{where}: parallel needs a multiple of {parallel.model_parallel_size} ranks "
@@ -115,6 +167,26 @@ def _check_ranks(job: Job, cfg: RunConfig) -> None:
             f"{where}: tensor_parallel_size {parallel.tensor_parallel_size} would reach over nodes; "
             "make it divide tasks_per_node"
         )
+
+
+def refuse_shared_process(jobs: Sequence[Job], cfg: RunConfig) -> None:
+    """See that an engine inside the stage's process is not asked for where several ranks train.
+
+    Raises:
+        ConfigError: names the numbers and a remedy.
+    """
+    if cfg.inference.engine != "vllm" or cfg.rl.replay is not None or cfg.rl.rollouts_only:
+        return
+    for job in jobs:
+        ranks = job.train_nodes * (job.resources.tasks_per_node or 1)
+        if ranks == 1:  # the stage starts its ranks itself
+            ranks = cfg.parallel.model_parallel_size * (cfg.parallel.data_parallel_size or 1)
+        if job.stage == "rl" and ranks > 1:
+            raise ConfigError(
+                f"{job.name}: {ranks} ranks train, and inference.engine=vllm would sample in one of their processes, "
+                "which can't hold two process groups; set inference.engine=vllm-server and num_servers (and "
+                "stages.rl.engine_nodes of the cluster file), or choose other --stages"
+            )
 
 
 # --- choosing -------------------------------------------------------------------------------------------------

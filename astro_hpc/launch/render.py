@@ -40,7 +40,7 @@ class Place:
     key: str
 
 
-RUN_STEP = """\
+PREPARE = """\
 # --- run it: as one srun step, a log for each rank and attempt ---
 TASK=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # requeue a task, not its array
 TASK=${TASK:-$SLURM_JOB_ID}
@@ -49,7 +49,21 @@ LOG=$RUN/logs/$WORK/job-$SLURM_JOB_ID.attempt-$ATTEMPT
 ENDED=$RUN/jobs/ended/$WORK
 mkdir -p "$LOG" "$RUN/jobs/ended" && touch "$LOG/started" || exit 1
 [ "$ATTEMPT" = 0 ] && rm -f "$ENDED.failures"
-
+"""
+SERVE_STEP = """\
+# --- the engines: a step beside the training, a log for each server and attempt ---
+# A server that ends is started again, three times; what it was at is tried elsewhere, and it is given the weights.
+SERVER='trap told=1 TERM; port=$((SLURM_PROCID + $1)); shift; for start in 1 2 3 4; do
+    "$@" --port $port --index $SLURM_LOCALID; code=$?; [ "$told" ] && exit 0; done; exit $code'
+srun --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$LOG/engine-%N-%t.log" "${SERVE_STEP[@]}" \\
+    bash -c "$SERVER" server "$PORT" "${INSIDE[@]}" "$PYTHON" -m astro_hpc "${SERVE[@]}" &
+engines=$!
+trap 'kill $engines; wait $engines' EXIT  # they end with the training
+train_on=$(IFS=,; echo "${NODES[*]:0:TRAIN_NODES}")
+serve_on=$(IFS=,; echo "${NODES[*]:TRAIN_NODES}")
+echo "trainer: $train_on; engines: $serve_on" > "$LOG/parts"  # for `astro-hpc status`
+"""
+RUN_STEP = """\
 # A rank that saved leaves a mark and ends with 0, so that --kill-on-bad-exit spares ranks that are still saving.
 RANK='trap : USR1 TERM; log=$1; shift; "$@"; code=$?; [ $code = 75 ] && { : > "$log/saved"; exit 0; }; exit $code'
 srun --kill-on-bad-exit=1 --open-mode=append --output="$LOG/rank-%t.log" "${STEP[@]}" \\
@@ -145,7 +159,38 @@ def body(job: Job, cluster: ClusterConfig, place: Place, offset: int = 0) -> lis
         "",
         *_environment(job, cluster),
         "",
+        *_parts(job),
+        *PREPARE.split("\n"),
+        *(SERVE_STEP.split("\n") if job.engines else ()),
         *RUN_STEP.split("\n"),
+    ]
+
+
+def _parts(job: Job) -> list[str]:
+    """Which nodes train and which serve, where both do; the servers' addresses, which the training is told."""
+    if job.engines is None:
+        return []
+    ranks = job.resources.tasks_per_node or 1
+    return [
+        "# --- who does what: the first nodes train, the last ones serve ---",
+        f"ENGINE_NODES={job.engines.nodes}",
+        f"SERVERS={job.engines.servers}  # on each of them",
+        'NODES=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))',
+        "TRAIN_NODES=$((${#NODES[@]} - ENGINE_NODES))",
+        'SERVE_STEP=("${STEP[@]}" --nodes=$ENGINE_NODES --relative=$TRAIN_NODES --ntasks=$((ENGINE_NODES * SERVERS))',
+        "    --ntasks-per-node=$SERVERS --cpus-per-task=$((SLURM_CPUS_ON_NODE / SERVERS)))",
+        f"STEP+=(--nodes=$TRAIN_NODES --relative=0 --ntasks=$((TRAIN_NODES * {ranks})) --ntasks-per-node={ranks})",
+        "PORT=$((20000 + SLURM_JOB_ID * 16 % 12000))  # of the first server; the others' follow",
+        "ASTRO_HPC_SERVERS=",
+        "for ((number = 0; number < ENGINE_NODES * SERVERS; number++)); do",
+        '    address="http://${NODES[TRAIN_NODES + number / SERVERS]}:$((PORT + number))"',
+        '    ASTRO_HPC_SERVERS="$ASTRO_HPC_SERVERS${ASTRO_HPC_SERVERS:+,}$address"',
+        "done",
+        "ASTRO_HPC_SERVERS_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')  # nobody else is to use them",
+        "export ASTRO_HPC_SERVERS ASTRO_HPC_SERVERS_KEY",
+        'SERVE=(serve "$CONFIG" inference.server_api_key_env=ASTRO_HPC_SERVERS_KEY --model "$RUN/sft/$ARM/hf"',
+        "    --host 0.0.0.0 --allow-weight-updates)",
+        "",
     ]
 
 
@@ -170,6 +215,8 @@ def parse_comment(text: str, key: str) -> tuple[str, int] | None:
 
 def _what_runs(job: Job, cluster: ClusterConfig, place: Place, offset: int) -> list[str]:
     step, inside = _container(cluster, place)
+    if job.stage in TRAINING and job.resources.nodes * (job.resources.tasks_per_node or 1) > 1:
+        step = ["--distribution=block", *step]  # the ranks of a tensor-parallel group on one node
     lines = [
         "# --- what runs, and where ---",
         f"RUN={_quote(place.run)}",

@@ -35,7 +35,7 @@ class JobState:
         attempt: highest restart number that a task reported or runs with.
         nodes: where its running tasks are.
         left: time to the limit of the running task with the least left, as Slurm writes it.
-        reason: why it waits, or why it failed.
+        reason: why it waits, or why it failed; while it runs, which of its nodes train and which serve.
         log: the file to open.
         failed_tasks: numbers of the tasks that failed.
     """
@@ -179,6 +179,9 @@ def _explain(
         state.log = str(logs[-1])
         attempt = logs[-1].parent.name.rpartition("-")[2]
         state.attempt = max(state.attempt or 0, int(attempt) if attempt.isdigit() else 0)
+        split = logs[-1].with_name("parts")  # of a job whose nodes do different work
+        if task in queued and state.reason is None and split.is_file():
+            state.reason = split.read_text().strip()
 
 
 def print_states(states: list[JobState]) -> None:

@@ -19,7 +19,17 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch import slurm
 from astro_hpc.launch.cluster import ClusterConfig
-from astro_hpc.launch.graph import Job, LiveJob, Plan, as_ranges, build_graph, choose, chunks, plan
+from astro_hpc.launch.graph import (
+    Job,
+    LiveJob,
+    Plan,
+    as_ranges,
+    build_graph,
+    choose,
+    chunks,
+    plan,
+    refuse_shared_process,
+)
 from astro_hpc.launch.local import run_here
 from astro_hpc.launch.render import Place, parse_comment, render
 from astro_hpc.run.files import Journal, Lock, write_text_atomic
@@ -85,6 +95,7 @@ def launch(
     cfg = cfg.model_copy(update={"runs_dir": run.parent})
     jobs = build_graph(cfg, cluster)
     chosen = choose(jobs, stages, first)
+    refuse_shared_process(chosen, cfg)
     _refuse_other_splits(run, jobs)
     done = {job.name: tasks_done(run, job) for job in jobs}
     with contextlib.ExitStack() as held:

@@ -50,20 +50,25 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return min(len(devices), len([name for name in chosen.split(",") if name.strip()]))
 
 
-def local_world_size(parallel: ParallelConfig, gpus: int) -> int:
+def local_world_size(parallel: ParallelConfig, gpus: int, for_servers: int = 0) -> int:
     """Ranks that a stage starts on this machine by itself: the product of the parallel sizes.
 
     Without `data_parallel_size` that is as many copies of the model as the GPUs hold, and one copy on a CPU.
 
+    Args:
+        for_servers: so many of the GPUs are for servers that the stage starts beside its ranks.
+
     Raises:
         ConfigError: there are GPUs, but too few.
     """
-    copies = parallel.data_parallel_size or max(1, gpus // parallel.model_parallel_size)
+    copies = parallel.data_parallel_size or max(1, (gpus - for_servers) // parallel.model_parallel_size)
     ranks = copies * parallel.model_parallel_size
-    if 0 < gpus < ranks:
+    if 0 < gpus < ranks + for_servers:
+        beside = f", {for_servers} of them for inference.num_servers" if for_servers else ""
+        lower = "lower a size" + (" or num_servers" if for_servers else "")
         raise ConfigError(
-            f"parallel: {describe(parallel)} needs {ranks} GPUs and this machine has {gpus}; "
-            "start the stage on every node with srun or torchrun, or lower a size"
+            f"parallel: {describe(parallel)} needs {ranks} GPUs and this machine has {gpus}{beside}; "
+            f"start the stage on every node with srun or torchrun, or {lower}"
         )
     return ranks
 

@@ -39,6 +39,7 @@ from astro_hpc.rl.worker import RolloutWorker
 from astro_hpc.run.files import read_jsonl, write_json_atomic
 from astro_hpc.run.metrics import Metrics, check_metrics, open_metrics
 from astro_hpc.run.progress import Progress
+from astro_hpc.run.ranks import ranks_here
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 from astro_hpc.verifier.pool import VerifierPool
 
@@ -141,7 +142,8 @@ class _Loop:
         """The engine and what goes with it; before the trainer, which joins the process group that an engine makes."""
         cfg = self.ctx.cfg
         self.pool = stack.enter_context(VerifierPool(cfg.verifier))
-        self.engine = make_engine(model_dir, cfg.inference, self.ctx.seed("rl"), self.ctx.log_dir)
+        trained = 0 if self.settings.rollouts_only else ranks_here()
+        self.engine = make_engine(model_dir, cfg.inference, self.ctx.seed("rl"), self.ctx.log_dir, gpus_taken=trained)
         stack.callback(self.engine.close)
         self.worker = RolloutWorker(
             self.engine,

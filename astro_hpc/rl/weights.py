@@ -97,7 +97,8 @@ def check_equal_weights(trainer: Trainer, engine: Engine | None, seed: int, wher
     if not tell_all(theirs is not None):  # before the gathering, which is what costs
         return False
     dtype = getattr(torch, theirs["dtype"]) if theirs else torch.float32
-    ours = trainer_digests(trainer.named_hf_tensors(), layer, columns, dtype)
+    split = (int(theirs["ranks"]), int(theirs["copies"])) if theirs else (1, 1)
+    ours = trainer_digests(trainer.named_hf_tensors(), layer, columns, dtype, *split)
     if theirs is None:  # another rank compares
         return True
     if differing := different(theirs, ours):

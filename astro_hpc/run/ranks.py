@@ -52,6 +52,15 @@ def place_from(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(rank, local_rank, world_size) if world_size > 1 else None
 
 
+def ranks_here(environment: Mapping[str, str] = os.environ) -> int:
+    """How many of the ranks that were started together are on this machine."""
+    if place_from(environment) is None:
+        return 1
+    # torchrun's and ours; Slurm's reads `8(x4)`, or `8,4` where the nodes differ, which no launch of ours asks for.
+    text = environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_STEP_TASKS_PER_NODE") or "1"
+    return int(re.split("[(,]", text)[0])
+
+
 def set_rendezvous(environment: MutableMapping[str, str] = os.environ) -> tuple[str, int]:
     """Where the ranks meet; sets MASTER_ADDR and MASTER_PORT for an srun step that has none.
 

@@ -131,6 +131,7 @@ class Stage:
         prepare: done before it by one process, where `body` is done by several ranks together.
         on_ranks: `body` is carried out by as many ranks as `parallel` says.
         shards: stages whose results this one gathers; all must be done, as they are declared now.
+        server_gpus: so many of the machine's GPUs are for servers that rank 0 starts beside the ranks.
     """
 
     label: str
@@ -141,6 +142,7 @@ class Stage:
     prepare: Callable[[StageContext], object] | None = None
     on_ranks: bool = False
     shards: Sequence[Stage] = ()
+    server_gpus: int = 0
 
 
 def run_stage(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from astro_hpc.config.base import ConfigError
-from astro_hpc.config.schema import RunConfig
+from astro_hpc.config.schema import ParallelConfig, RunConfig
 from astro_hpc.model.llama import LlamaShape
 from astro_hpc.model.sizes import check_parallel, local_world_size, visible_gpus
 from astro_hpc.run import ranks
@@ -33,11 +33,12 @@ def run_on_ranks(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
     if place is not None and told is not None:
         return _be_supervised(cfg, stage, place, told)
     gpus = visible_gpus()
-    world_size = place.world_size if place else local_world_size(cfg.parallel, gpus)
+    world_size = place.world_size if place else local_world_size(cfg.parallel, gpus, stage.server_gpus)
     model = stage.inputs["model"]
     if read_manifest(cfg.run_dir / stage.dir) is None and model.exists():
         check_parallel(LlamaShape.from_hf(model), cfg.parallel, world_size, cpu=gpus == 0)
     if place is not None:
+        check_blocks(cfg.parallel, place)
         return _join(cfg, stage, redo, place)
     if world_size == 1:
         return run_stage(cfg, stage, redo)
@@ -62,6 +63,21 @@ def run_on_ranks(cfg: RunConfig, stage: Stage, redo: bool = False) -> bool:
         return [Path(path) for path in result["outputs"]]
 
     return run_stage(cfg, replace(stage, body=start), redo)
+
+
+def check_blocks(parallel: ParallelConfig, place: ranks.Place) -> None:
+    """Refuse ranks that were dealt out to the machines one by one: tensor parallel would go over the network.
+
+    Raises:
+        ConfigError: names the rank and a remedy.
+    """
+    tp = parallel.tensor_parallel_size
+    if place.rank % tp != place.local_rank % tp:
+        raise ConfigError(
+            f"rank {place.rank} is number {place.local_rank} on its machine: the {tp} ranks of a tensor-parallel group "
+            "are not together; start neighbouring ranks on one machine, with srun --distribution=block and a number "
+            f"of ranks a machine that {tp} divides"
+        )
 
 
 def _be_supervised(cfg: RunConfig, stage: Stage, place: ranks.Place, told: dict[str, Any]) -> bool:
