@@ -20,6 +20,7 @@ from astro_hpc.inference.job_servers import started_here
 from astro_hpc.problems.row_files import local_path
 from astro_hpc.run.stage import Stage, StageContext, read_manifest, run_stage
 from astro_hpc.search.shards import (
+    SHARD_FOLDERS,
     TREES,
     GatherReport,
     earlier_trees,
@@ -503,8 +504,7 @@ def evaluate_shards(cfg: RunConfig) -> list[tuple[int, int]]:
 
 def shard_folder(cfg: RunConfig, command: str, arm: str | None = None) -> Path:
     """Where the shards of a stage lie that is done in shards: `search`, `clone`, `select` (of an arm) or `eval`."""
-    folders = {"search": "search", "clone": "clone", "select": f"select-shards/{arm}", "eval": "eval-shards"}
-    return cfg.run_dir / folders[command]
+    return cfg.run_dir / SHARD_FOLDERS[command].format(arm=arm)
 
 
 def _begun_shards(parent: Path) -> list[tuple[int, int]]:

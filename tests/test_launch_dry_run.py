@@ -28,8 +28,8 @@ def test_the_large_run_in_full(tmp_path):
     result = launch(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     jobs = tmp_path / "r" / "llama3.1-70b-astro" / "jobs"
-    names = [f"{stage}-{arm}" for arm in ("astro", "direct") for stage in ("sft", "select", "rl")]
-    names += ["search", "gather", "clone", "clone-gather", "eval", "report"]
+    names = [f"{stage}-{arm}" for arm in ("astro", "direct") for stage in ("sft", "select", "select-gather", "rl")]
+    names += ["search", "gather", "clone", "clone-gather", "eval", "eval-gather", "report"]
     assert {path.name for path in jobs.glob("*.sbatch")} == {f"{name}.sbatch" for name in names}
     assert "search: would be submitted, 64 tasks" in result.stdout
     for path in jobs.glob("*.sbatch"):
@@ -111,8 +111,13 @@ def test_without_slurm_a_real_launch_says_so(tmp_path):
     assert "scontrol: not installed here; launch from a login node, or use --dry-run" in result.stderr
 
 
-def test_another_number_of_shards_than_begun_is_refused(tmp_path):
-    (tmp_path / "demo" / "search" / "shard-00001-of-00007").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("folder", "stage", "configured"),
+    [("search", "search", 4), ("clone", "clone", 1), ("select-shards/astro", "select", 1), ("eval-shards", "eval", 1)],
+)
+def test_another_number_of_shards_than_begun_is_refused(folder, stage, configured, tmp_path):
+    (tmp_path / "demo" / folder / "shard-00001-of-00007").mkdir(parents=True)
     result = launch("configs/demo.yaml", "--cluster", "sandbox", "--dry-run", f"runs_dir={tmp_path}")
     assert result.returncode == 2
-    assert "was begun in 7 shards, the cluster file says 4; set stages.search.shards to 7" in result.stderr
+    message = f"was begun in 7 shards, the cluster file says {configured}; set stages.{stage}.shards to 7"
+    assert message in result.stderr

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astro_hpc import pipeline
 from astro_hpc.config import RunConfig, load_config
 from astro_hpc.config.base import ConfigError
 from astro_hpc.launch.cluster import ClusterConfig
@@ -41,10 +42,10 @@ configs = st.builds(
     warmup=st.sampled_from([{}, {"enabled": True, "problems": {"type": "signs", "count": 4}}]),
     eval=st.sampled_from([{}, {"benchmarks": {"b": {"type": "signs", "count": 3}}}]),
 )
+STAGES_IN_SHARDS = ("search", "clone", "select", "eval")
 clusters = st.builds(
-    lambda search, clone: cluster_config(search={"shards": search}, clone={"shards": clone}),
-    st.integers(1, 40),
-    st.integers(1, 20),
+    lambda *shards: cluster_config(**{s: {"shards": n} for s, n in zip(STAGES_IN_SHARDS, shards, strict=True)}),
+    *(st.integers(1, 20) for _ in STAGES_IN_SHARDS),
 )
 
 
@@ -69,7 +70,15 @@ def test_every_job_comes_after_what_it_reads_and_all_lead_to_the_report(cfg, clu
 def test_the_whole_graph_of_the_large_configuration():
     cfg = load_config(CONFIGS / "llama3.1-70b.yaml")
     cluster = ClusterConfig.model_validate(
-        {"stages": {"search": {"shards": 64}, "clone": {"shards": 8}, "sft": {"nodes": 8}}}
+        {
+            "stages": {
+                "search": {"shards": 64},
+                "clone": {"shards": 8},
+                "sft": {"nodes": 8},
+                "select": {"shards": 3, "throttle": 2},
+                "eval": {"shards": 2},
+            }
+        }
     )
     jobs = {job.name: job for job in build_graph(cfg, cluster)}
     assert {name: list(job.after) for name, job in jobs.items()} == {
@@ -79,16 +88,38 @@ def test_the_whole_graph_of_the_large_configuration():
         "clone-gather": ["clone"],
         "sft-astro": ["clone-gather"],
         "select-astro": ["sft-astro"],
-        "rl-astro": ["sft-astro", "select-astro"],
+        "select-gather-astro": ["select-astro"],
+        "rl-astro": ["sft-astro", "select-gather-astro"],
         "sft-direct": ["clone-gather"],
         "select-direct": ["sft-direct"],
-        "rl-direct": ["sft-direct", "select-direct"],
+        "select-gather-direct": ["select-direct"],
+        "rl-direct": ["sft-direct", "select-gather-direct"],
         "eval": ["rl-astro", "rl-direct"],
-        "report": ["eval"],
+        "eval-gather": ["eval"],
+        "report": ["eval-gather"],
     }
     assert jobs["search"].num_tasks == 64
     assert jobs["sft-astro"].resources.nodes * jobs["sft-astro"].resources.tasks_per_node == 64
     assert jobs["search"].output_of(3) == "search/shard-00003-of-00064"
+    assert (jobs["select-direct"].num_tasks, jobs["select-direct"].throttle) == (3, 2)
+    assert jobs["select-direct"].resources.gpus_per_node == 8
+    assert jobs["select-gather-direct"].resources.gpus_per_node == 0
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_jobs_write_where_the_pipeline_s_stages_do(shards, tmp_path):
+    warmup, benchmarks = (
+        {"enabled": True, "problems": {"type": "signs", "count": 4}},
+        {"b": {"type": "signs", "count": 3}},
+    )
+    cfg = run_config(arms=["astro", "direct"], warmup=warmup, eval={"benchmarks": benchmarks}, runs_dir=tmp_path)
+    jobs = build_graph(cfg, cluster_config(**{stage: {"shards": shards} for stage in STAGES_IN_SHARDS}))
+    for job in jobs:
+        for task in job.tasks:
+            (cfg.run_dir / job.output_of(task)).mkdir(parents=True, exist_ok=True)
+    stages = {str(stage.dir) for _, stage in pipeline.pipeline(cfg)}
+    outputs = {job.output_of(task) for job in jobs for task in job.tasks if job.marker == "manifest.json"}
+    assert outputs == stages
 
 
 def test_ranks_must_hold_the_model_and_tensor_parallel_stays_inside_a_node():
@@ -183,22 +214,76 @@ def situations(draw):
     return jobs, done, live
 
 
+def ancestors(jobs, name):
+    """All jobs that a job's results come from."""
+    by_name = {job.name: job for job in jobs}
+    found, front = set(), list(by_name[name].after)
+    while front:
+        if (each := front.pop()) not in found:
+            found.add(each)
+            front += by_name[each].after
+    return found
+
+
+def on_their_way(jobs, chosen, done, live):
+    """Jobs of which something is queued, running or to be submitted, told without looking at a plan."""
+    moving = {name for name, each in live.items() if each}
+    while True:
+        more = set()
+        for job in jobs:
+            busy = {task for one in live[job.name] for task in one.tasks}
+            lacks = set(job.tasks) - busy - (set() if moving & set(job.after) else done[job.name])
+            if lacks and job in chosen:
+                more.add(job.name)
+        if more <= moving:
+            return moving
+        moving |= more
+
+
 @given(situations(), st.integers(1, 50))
-def test_a_launch_submits_exactly_what_is_neither_done_nor_queued_nor_running(situation, size):
+def test_a_launch_submits_what_is_not_done_or_is_made_from_what_is_made_again_and_nothing_twice(situation, size):
     jobs, done, live = situation
     result = plan(jobs, jobs, done, live, size)
     submitted = [(step.job.name, task) for step in result.submissions for task in step.tasks]
     busy = {(name, task) for name, each in live.items() for one in each for task in one.tasks}
-    ready = {(name, task) for name, tasks in done.items() for task in tasks}
+    moving = on_their_way(jobs, jobs, done, live)
+    ready = {(job.name, task) for job in jobs if not moving & set(job.after) for task in done[job.name]}
     everything = {(job.name, task) for job in jobs for task in job.tasks}
     assert len(submitted) == len(set(submitted))
     assert set(submitted) == everything - busy - ready
-    seen: set[str] = set()
     for step in result.submissions:
-        assert set(step.after_ok) == set(step.job.after) & seen - {step.job.name}
-        assert set(step.after_any) == {each.slurm_id for name in step.job.after for each in live[name]}
         assert all(0 <= task - step.offset < size for task in step.tasks)
-        seen.add(step.job.name)
+
+
+@given(situations(), st.data())
+def test_what_is_submitted_waits_for_all_that_is_on_its_way_to_it_or_is_refused(situation, data):
+    """Whichever jobs are chosen, and whatever lies between them."""
+    jobs, done, live = situation
+    chosen = [job for job in jobs if data.draw(st.booleans())]
+    moving = on_their_way(jobs, chosen, done, live)
+    try:
+        result = plan(jobs, chosen, done, live, 1001)
+    except ConfigError:
+        assert len(chosen) < len(jobs), "with all chosen nothing can be lacking"
+        return
+    steps = {step.job.name: step for step in result.submissions}
+    for name, step in steps.items():
+        ok, ids = set(step.after_ok), set(step.after_any)
+        for each in step.after_ok:
+            assert list(steps).index(each) < list(steps).index(name)
+        while more := {up for each in ok for up in steps[each].after_ok} - ok:
+            ok |= more
+        ids |= {slurm_id for each in ok for slurm_id in steps[each].after_any}
+        above = ancestors(jobs, name)
+        assert ok == above & set(steps)
+        assert ids >= {each.slurm_id for up in above for each in live[up]}
+        for up in step.job.after:  # it reads nothing that is absent, or that nobody renews
+            busy = {task for each in live[up] for task in each.tasks}
+            by_name = {job.name: job for job in jobs}
+            behind = ancestors(jobs, up) & moving
+            assert up in steps or (busy | done[up] >= set(by_name[up].tasks) and (busy or not behind))
+    for told in result.rewire:
+        assert told.after_ok
 
 
 @given(situations())
@@ -221,8 +306,31 @@ def test_a_waiting_job_is_told_of_inputs_that_are_made_again():
     assert (told.slurm_ids, told.after_ok, told.after_any) == (("6",), ("search",), ("5",))
 
 
+def test_a_result_that_is_made_again_takes_along_what_was_made_from_it():
+    jobs = build_graph(run_config(), cluster_config(search={"shards": 3}))
+    done = {job.name: set(job.tasks) for job in jobs}
+    assert plan(jobs, jobs, done, {}, 1001).submissions == []
+    done["search"] = {0, 2}
+    steps = plan(jobs, jobs, done, {}, 1001).submissions
+    assert [(step.job.name, step.tasks, step.after_ok) for step in steps][:3] == [
+        ("search", (1,), ()),
+        ("gather", (0,), ("search",)),
+        ("clone", (0,), ("gather",)),
+    ]
+    assert [step.job.name for step in steps][-1] == "report"
+    with pytest.raises(
+        ConfigError, match=r"clone: needs gather, which others .* will outdate; add it: --stages gather,clone, or"
+    ):
+        plan(jobs, choose(jobs, ["search", "clone"]), {**done, "clone": set()}, {}, 1001)
+    assert [step.job.name for step in plan(jobs, choose(jobs, ["search"]), done, {}, 1001).submissions] == ["search"]
+    running = {"search": [LiveJob("7", frozenset({1}))]}
+    [gather, clone] = plan(jobs, choose(jobs, ["gather", "clone"]), done, running, 1001).submissions
+    assert (gather.after_ok, gather.after_any) == ((), ("7",))
+    assert (clone.after_ok, clone.after_any) == (("gather",), ())
+
+
 def test_a_job_whose_inputs_nobody_makes_is_refused():
     jobs = build_graph(run_config(), cluster_config())
-    with pytest.raises(ConfigError, match=r"clone: needs gather, which is neither done nor queued; .*--from gather"):
+    with pytest.raises(ConfigError, match=r"clone: needs gather, which is neither done nor queued; .*--from search"):
         plan(jobs, choose(jobs, ["clone"]), {}, {}, 1001)
     assert plan(jobs, choose(jobs, ["clone"]), {"gather": {0}}, {}, 1001).submissions[0].after_ok == ()

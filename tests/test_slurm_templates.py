@@ -1,11 +1,13 @@
-"""slurm/*.sbatch do what `launch` renders, line by line, and pipeline.sbatch submits the same graph."""
+"""slurm/*.sbatch do what `launch` renders, line by line; pipeline.sbatch submits that graph; convert.sbatch runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,12 +26,15 @@ JOB_OF = {
     "clone_array": "clone",
     "clone_gather": "clone-gather",
     "sft": "sft-astro",
-    "select": "select-astro",
+    "select_array": "select-astro",
+    "select_gather": "select-gather-astro",
     "rl": "rl-astro",
-    "eval": "eval",
+    "eval_array": "eval",
+    "eval_gather": "eval-gather",
     "report": "report",
 }
-TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sbatch") if path.stem != "pipeline")
+NO_JOB = ("pipeline", "convert")  # of a launch
+TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sbatch") if path.stem not in NO_JOB)
 # What a launch fills in by itself, and what the user of a template edits.
 NAMED_BY_LAUNCH = {"chdir", "comment", "job-name", "output"}
 EDITED = {"RUN", "CONFIG", "CODE", "PYTHON", "ARM"}
@@ -72,8 +77,28 @@ def test_a_template_is_what_launch_renders(path, graph):
     assert options_of(text) == options_of(rendered)
     assert script_of(text) == script_of(rendered)
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
-    edited = [line for line in text.splitlines() if line.partition("# EDIT")[1]]
-    assert len(edited) == 5
+    assert len(edited_lines(text)) == 5
+
+
+def edited_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.partition("# EDIT")[1]]
+
+
+def test_the_conversion_template_with_five_lines_edited_imports_verifies_and_exports(slurm, tiny_llama, tmp_path):
+    text = (ROOT / "slurm" / "convert.sbatch").read_text()
+    assert len(edited_lines(text)) == 5
+    values = {"HF_MODEL": tiny_llama, "MEGATRON": tmp_path / "megatron", "PYTHON": sys.executable}
+    for line in edited_lines(text):
+        name = line.partition("=")[0]
+        new = f"{name}={values[name]}" if name in values else "#SBATCH --partition=batch" if "partition" in line else ""
+        text = text.replace(line, new)
+    script = tmp_path / "convert.sbatch"
+    script.write_text(text)
+    logs = [slurm.run("sbatch", "--wait", "--chdir", ROOT, "--mem=0", "-o", tmp_path / f"{what}.out", script, what)
+            and (tmp_path / f"{what}.out").read_text() for what in ("import", "verify", "export")]  # fmt: skip
+    assert json.loads((tmp_path / "megatron" / "certificate.json").read_text())["passed"], logs
+    names = {path.name for path in (tmp_path / "megatron-hf").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names, logs
 
 
 def test_slurm_takes_the_templates_and_the_pipeline_is_the_graph(graph):
@@ -93,7 +118,8 @@ def test_slurm_takes_the_templates_and_the_pipeline_is_the_graph(graph):
     names: dict[str, str] = {}
     for number, (job_id, name, _) in enumerate(sorted(rows, key=lambda row: int(row[0]))):
         template = name.removeprefix("astro-").replace("-", "_")
-        arm = "direct" if number > 6 and template in ("sft", "select", "rl") else "astro"
+        of_arm = template in ("sft", "select_array", "select_gather", "rl")
+        arm = "direct" if number > 7 and of_arm else "astro"
         names[job_id] = JOB_OF[template].replace("astro", arm)
     after = {names[job_id]: {names[each] for each in re.findall(r"afterok:(\d+)", deps)} for job_id, _, deps in rows}
     assert after == {name: set(job.after) for name, job in graph.items()}

@@ -112,9 +112,9 @@ class StagesConfig(Section):
     gather: LightStageConfig = LightStageConfig()
     clone: ArrayStageConfig = ArrayStageConfig()
     sft: StageConfig = StageConfig()
-    select: StageConfig = StageConfig()
+    select: ArrayStageConfig = ArrayStageConfig()
     rl: RLStageConfig = RLStageConfig()
-    eval: StageConfig = StageConfig()
+    eval: ArrayStageConfig = ArrayStageConfig()
     report: LightStageConfig = LightStageConfig()
 
 

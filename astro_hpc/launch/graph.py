@@ -1,6 +1,9 @@
 """The graph of jobs as pure data: what a run needs done, in which order, and what is still to be submitted.
 
-warmup -> search (array) -> gather -> clone (array -> gather) -> per arm: sft -> select -> rl -> eval -> report
+warmup -> search -> gather -> clone -> per arm: sft -> select -> rl -> eval -> report
+
+search is an array of jobs, one a shard; clone, select and eval are where the cluster file gives them several shards,
+each with a job behind it that gathers them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch.cluster import STAGES, ClusterConfig, StageConfig
+from astro_hpc.search.shards import SHARD_FOLDERS
 
 
 @dataclass(frozen=True)
@@ -89,30 +93,35 @@ def build_graph(cfg: RunConfig, cluster: ClusterConfig) -> list[Job]:
         jobs.append(Job(name, stage, words, tuple(after), resources, output, marker, arm=arm or None))
         return [name]
 
-    def add_array(stage: str, after: Collection[str], output: str) -> list[str]:
+    def add_array(stage: str, after: Collection[str], arm: str = "") -> list[str]:
         section = getattr(cluster.stages, stage)
-        command = (stage, "CONFIG", "--shard", "SHARD", "--num-shards", "NUM_SHARDS")
-        output = f"{output}/shard-{{shard}}-of-{{num_shards}}"
-        array = {"num_tasks": section.shards, "throttle": section.throttle}
-        jobs.append(Job(stage, stage, command, tuple(after), cluster.stage(stage), output, **array))
-        return [stage]
+        name, of_arm = (f"{stage}-{arm}", " --arm ARM") if arm else (stage, "")
+        command = f"{stage} CONFIG{of_arm} --shard SHARD --num-shards NUM_SHARDS".split()
+        output = f"{SHARD_FOLDERS[stage]}/shard-{{shard}}-of-{{num_shards}}"
+        array = {"num_tasks": section.shards, "throttle": section.throttle, "arm": arm or None}
+        jobs.append(Job(name, stage, tuple(command), tuple(after), cluster.stage(stage), output, **array))
+        return [name]
+
+    def add_sharded(stage: str, after: Collection[str], output: str, arm: str = "") -> list[str]:
+        """The stage as one job, or as an array and the job that gathers it."""
+        command, of_arm = (f"{stage} CONFIG --arm ARM", f"-{arm}") if arm else (f"{stage} CONFIG", "")
+        if getattr(cluster.stages, stage).shards == 1:
+            return add(stage + of_arm, command, after, output, stage=stage, arm=arm)
+        array = add_array(stage, after, arm)
+        return add(f"{stage}-gather{of_arm}", f"{command} --gather", array, output, stage=stage, like="gather", arm=arm)
 
     last = add("warmup", "warmup CONFIG", [], "warmup") if cfg.warmup.enabled else []
-    last = add_array("search", last, "search")
+    last = add_array("search", last)
     last = add("gather", "search CONFIG --gather", last, "search")
-    if cluster.stages.clone.shards > 1:
-        last = add_array("clone", last, "clone")
-        last = add("clone-gather", "clone CONFIG --gather", last, "traces", stage="clone", like="gather")
-    else:
-        last = add("clone", "clone CONFIG", last, "traces")
+    last = add_sharded("clone", last, "traces")
     ends: list[str] = []
     for arm in cfg.arms:
         sft = add(f"sft-{arm}", "sft CONFIG --arm ARM", last, "sft/{arm}", stage="sft", arm=arm)
-        select = add(f"select-{arm}", "select CONFIG --arm ARM", sft, "select/{arm}", stage="select", arm=arm)
+        select = add_sharded("select", sft, "select/{arm}", arm)
         ends += add(f"rl-{arm}", "rl CONFIG --arm ARM", [*sft, *select], "rl/{arm}", stage="rl", arm=arm)
         jobs[-1] = replace(jobs[-1], engines=_engines(cfg, cluster))
     if cfg.eval.benchmarks:
-        ends = add("eval", "eval CONFIG", ends, "eval")
+        ends = add_sharded("eval", ends, "eval")
     add("report", "report RUN", ends, "report")
     for job in jobs:
         _check_ranks(job, cfg)
@@ -235,6 +244,7 @@ class Submission:
         after_ok: jobs submitted together with it, by name, all of whose tasks must end well.
         after_any: ids of jobs that Slurm had already. Some of their tasks may have failed before this launch and be
             submitted again by it, so their end alone is waited for; the command itself refuses unfinished inputs.
+            Both name those too that reach it through jobs which are done, or not asked for.
     """
 
     job: Job
@@ -275,58 +285,77 @@ def plan(
 ) -> Plan:
     """Submit what is neither done nor queued nor running, once; nothing else.
 
+    What is done, but reads results that are on their way (queued, running, or submitted by this launch), is submitted
+    again behind them: the command of a stage ends at once where they turn out the same, and refuses them where not.
+
     Args:
-        jobs: the whole graph.
+        jobs: the whole graph, each job behind those that it waits for.
         chosen: the jobs that are asked for.
         done: by job name, the tasks whose results are there.
         live: by job name, what Slurm has.
         max_array_size: indices of an array stay below it.
 
     Raises:
-        ConfigError: a job needs results that are neither there, nor coming, nor asked for.
+        ConfigError: a job needs results that are neither there, nor coming, nor asked for; or that others on their way
+            will outdate, and which nobody has asked for.
     """
     by_name = {job.name: job for job in jobs}
     names = {job.name for job in chosen}
     found = Plan()
     submitted: set[str] = set()
+    absent: set[str] = set()  # some of its tasks are neither done nor on their way
+    outdated: set[str] = set()  # not on its way, and behind something that is
     for job in jobs:
-        if job.name not in names:
-            continue
         coming = live.get(job.name, [])
         busy = {task for each in coming for task in each.tasks}
-        missing = [task for task in job.tasks if task not in done.get(job.name, ()) and task not in busy]
-        after_ok = tuple(name for name in job.after if name in submitted)
-        after_any = tuple(dict.fromkeys(each.slurm_id for name in job.after for each in live.get(name, [])))
+        behind = any(name in submitted or live.get(name) for name in job.after)
+        ready = () if behind else done.get(job.name, ())
+        missing = [task for task in job.tasks if task not in ready and task not in busy]
+        after_ok, after_any = _waits_for(job, by_name, live, submitted)
         waiting = tuple(each.slurm_id for each in coming if each.pending)
         if after_ok and waiting:
             found.rewire.append(Rewire(waiting, after_ok, after_any))
-        if not missing:
+        if missing and job.name in names:
+            _refuse_missing_inputs(job, by_name, absent, outdated)
+            for offset, tasks in chunks(missing, max_array_size):
+                found.submissions.append(Submission(job, tasks, offset, after_ok, after_any))
+            submitted.add(job.name)
             continue
-        _refuse_missing_inputs(job, by_name, done, live, submitted)
-        for offset, tasks in chunks(missing, max_array_size):
-            found.submissions.append(Submission(job, tasks, offset, after_ok, after_any))
-        submitted.add(job.name)
+        if any(task not in done.get(job.name, ()) for task in missing):
+            absent.add(job.name)
+        if (missing and behind) or (not busy and outdated.intersection(job.after)):
+            outdated.add(job.name)
     return found
 
 
-def _refuse_missing_inputs(
-    job: Job,
-    by_name: Mapping[str, Job],
-    done: Mapping[str, Collection[int]],
-    live: Mapping[str, Sequence[LiveJob]],
-    submitted: Collection[str],
-) -> None:
-    for name in job.after:
+def _waits_for(
+    job: Job, by_name: Mapping[str, Job], live: Mapping[str, Sequence[LiveJob]], submitted: Collection[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names to end well, ids to end) of all on their way that reach `job`; what is submitted waits for its own."""
+    ok, ids = [], []
+    front = list(job.after)
+    for name in front:
+        ids += [each.slurm_id for each in live.get(name, [])]
         if name in submitted:
-            continue
-        busy = {task for each in live.get(name, []) for task in each.tasks}
-        absent = [task for task in by_name[name].tasks if task not in done.get(name, ()) and task not in busy]
-        if absent:
-            stage = by_name[name].stage
-            raise ConfigError(
-                f"{job.name}: needs {name}, which is neither done nor queued; add it: --stages {stage},{job.stage}, "
-                f"or --from {stage}"
-            )
+            ok.append(name)
+        else:
+            front += [each for each in by_name[name].after if each not in front]
+    return tuple(ok), tuple(dict.fromkeys(ids))
+
+
+def _refuse_missing_inputs(
+    job: Job, by_name: Mapping[str, Job], absent: Collection[str], outdated: Collection[str]
+) -> None:
+    needed = [name for name in job.after if name in absent or name in outdated]
+    if not needed:
+        return
+    first = needed[0]
+    for name in needed:
+        needed += [each for each in by_name[name].after if (each in absent or each in outdated) and each not in needed]
+    stages = [stage for stage in STAGES if any(by_name[name].stage == stage for name in needed)]
+    why = "which is neither done nor queued" if first in absent else "which others that are on their way will outdate"
+    more = ",".join(dict.fromkeys([*stages, job.stage]))
+    raise ConfigError(f"{job.name}: needs {first}, {why}; add it: --stages {more}, or --from {stages[0]}")
 
 
 def chunks(tasks: Iterable[int], max_array_size: int) -> list[tuple[int, tuple[int, ...]]]:

@@ -22,7 +22,7 @@ flock -n 9 || {{ echo "another launch runs here"; exit 2; }}
 cd {workdir} || exit 2
 RUN={run}
 CONFIG={config}
-export PYTHONPATH={code} PYTHONSAFEPATH=1
+export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1
 do_stage() {{
     until {python} -m astro_hpc "$@"; do
         code=$?

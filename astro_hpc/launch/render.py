@@ -227,13 +227,13 @@ def _what_runs(job: Job, cluster: ClusterConfig, place: Place, offset: int) -> l
         f"INSIDE=({_words(inside)})  # what the command runs in",
     ]
     work = job.name
+    if job.arm:
+        lines.append(f"ARM={job.arm}")
+        work = f"{job.name.removesuffix(job.arm)}$ARM"
     if job.num_tasks:
         lines.append(f"NUM_SHARDS={job.num_tasks}")
         lines.append(f"SHARD=$((SLURM_ARRAY_TASK_ID + {offset}))  # an array's indices begin at 0")
-        work = f"{job.name}-$(printf %05d $SHARD)"
-    if job.arm:
-        lines.append(f"ARM={job.arm}")
-        work = f"{job.stage}-$ARM"
+        work += "-$(printf %05d $SHARD)"
     output = job.output.format(shard="$(printf %05d $SHARD)", num_shards="$(printf %05d $NUM_SHARDS)", arm="$ARM")
     return [
         *lines,
@@ -248,7 +248,6 @@ def _what_runs(job: Job, cluster: ClusterConfig, place: Place, offset: int) -> l
 def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
     resources = job.resources
     lines = ["# --- environment ---", *cluster.setup]
-    lines.append('export PYTHONPATH="$CODE" PYTHONSAFEPATH=1  # our code, whatever folder this starts in')
     if resources.cpus_per_task:
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun doesn't take it from sbatch by itself")
     if resources.nodes * (resources.tasks_per_node or 1) > 1:
@@ -268,6 +267,8 @@ def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
     if cluster.network_interface:
         lines += [f"export {library}_SOCKET_IFNAME={cluster.network_interface}" for library in ("NCCL", "GLOO")]
     lines += [f"export {name}={_quote(value)}" for name, value in resources.environment.items()]
+    # Last: whatever sets it above is kept, for functions of the user's own.
+    lines.append('export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1  # this code before any other')
     return lines
 
 

@@ -19,6 +19,7 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch import slurm
 from astro_hpc.launch.cluster import ClusterConfig
+from astro_hpc.launch.fresh import fresh_tasks
 from astro_hpc.launch.graph import (
     Job,
     LiveJob,
@@ -34,6 +35,7 @@ from astro_hpc.launch.local import run_here
 from astro_hpc.launch.render import Place, parse_comment, render
 from astro_hpc.run.files import Journal, Lock, write_text_atomic
 from astro_hpc.run.stage import source_commit, write_resolved_config
+from astro_hpc.search.shards import SHARD_FOLDERS
 
 SUBMITTED = "submitted.jsonl"
 """Journal in RUN/jobs: one line a submission: job, id, offset, tasks, when."""
@@ -103,7 +105,7 @@ def launch(
             held.enter_context(Lock(run / "jobs" / ".launch.lock", f"{run}: launch"))
         live, found_size = _ask_slurm(run, cluster, dry_run)
         size = cluster.max_array_size or found_size
-        steps = plan(jobs, chosen, done, live, size)
+        steps = plan(jobs, chosen, fresh_tasks(run, jobs, done), live, size)
         frozen, contents = _what_to_freeze(cfg, run)
         place = Place(run, frozen, (workdir or Path.cwd()).absolute(), run_key(run))
         texts = {
@@ -213,14 +215,19 @@ def tasks_done(run: Path, job: Job) -> set[int]:
 
 def _refuse_other_splits(run: Path, jobs: Sequence[Job]) -> None:
     """Shards of another number lie in the run folder already: a second split would do the work twice."""
+    wanted: dict[tuple[str, Path], int] = {}
     for job in jobs:
-        if job.num_tasks:
-            for folder in (run / job.stage).glob("shard-?????-of-?????"):
-                if int(folder.name[-5:]) != job.num_tasks:
-                    raise ConfigError(
-                        f"{folder}: was begun in {int(folder.name[-5:])} shards, the cluster file says "
-                        f"{job.num_tasks}; set stages.{job.stage}.shards to {int(folder.name[-5:])} or move it away"
-                    )
+        if job.stage in SHARD_FOLDERS:
+            place = job.stage, run / SHARD_FOLDERS[job.stage].format(arm=job.arm)
+            wanted[place] = max(wanted.get(place, 1), job.num_tasks or 1)
+    for (stage, parent), num_shards in wanted.items():
+        for folder in parent.glob("shard-?????-of-?????"):
+            found = int(folder.name[-5:])
+            if found != num_shards:
+                raise ConfigError(
+                    f"{folder}: was begun in {found} shards, the cluster file says {num_shards}; set "
+                    f"stages.{stage}.shards to {found} or move it away"
+                )
 
 
 def _refuse_what_slurm_would(steps: Plan, texts: Mapping[tuple[str, int], str], cluster: ClusterConfig) -> None:

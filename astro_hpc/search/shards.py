@@ -15,6 +15,8 @@ from astro_hpc.run.files import Journal, write_json_atomic, write_jsonl_atomic
 from astro_hpc.search.statistics import SearchCost, SearchStatistics
 from astro_hpc.search.tree import Tree
 
+SHARD_FOLDERS = {"search": "search", "clone": "clone", "select": "select-shards/{arm}", "eval": "eval-shards"}
+"""By stage that may be done in shards: where its shards lie, relative to the run folder."""
 TREES, ATTEMPTS = "trees.jsonl", "attempts.jsonl"
 """Journals of a shard: its finished trees, and what each of its attempts cost."""
 
