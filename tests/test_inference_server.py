@@ -23,6 +23,7 @@ from tiny_models import save_tiny_llama
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig, RunConfig
 from astro_hpc.inference import make_engine
+from astro_hpc.inference.buckets import TensorInfo
 from astro_hpc.inference.engine import Engine, Sample, SampleRequest
 from astro_hpc.inference.local_server import choose_port
 from astro_hpc.inference.server_engine import VLLMServerEngine
@@ -177,6 +178,18 @@ def test_new_weights_reach_all_servers_or_none(world, smollm2):
         assert hashes == world.local.weight_digests(1, [0, 77])
         assert (hashes == old_weights) == (folder == world.first)
     assert list((world.root / "logs").glob("weights-*")) == []
+
+    announced = [TensorInfo.of(*each) for each in tensors.items()]
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
+        world.engine.broadcast_weights(iter([]), [each for each in announced if "model.norm" not in each.name], 11)
+    world.engine.broadcast_weights(tensors.items(), announced, 11)
+    world.local.load_weights(world.second, 11)
+    samples = world.engine.generate_many(requests)
+    assert_same(samples, world.local.generate_many(requests))
+    assert {sample.weight_version for sample in samples} == {11}
+    assert world.engine.weight_digests(1, [0, 77]) == world.local.weight_digests(1, [0, 77]) != old_weights
+    for engine in (world.engine, world.local):  # as the other tests expect them
+        engine.load_weights(world.first, 12)
 
 
 def test_two_engines_share_servers_and_each_checks_what_it_needs(world, smollm2, monkeypatch):

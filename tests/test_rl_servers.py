@@ -1,4 +1,7 @@
-"""RL over a real vLLM server beside two tensor-parallel ranks: weights arrive whole, with their version, each step."""
+"""RL over a real vLLM server beside two tensor-parallel ranks: weights arrive whole, with their version, each step.
+
+They travel in buckets from the gloo side of rank 0 into the server's worker; test_slurm_training.py has the folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
 from astro_hpc.run.metrics import read_metrics
 
 
-def live_config(folder: Path, num_steps: int, lr: float) -> RunConfig:
+def live_config(folder: Path, num_steps: int, lr: float, weight_sync: str) -> RunConfig:
     """Every step on the same two prompts: a server that kept its prefix cache over a push would be found out."""
     return RunConfig.model_validate(
         {
@@ -45,7 +48,7 @@ def live_config(folder: Path, num_steps: int, lr: float) -> RunConfig:
                 "group_size": 2,
                 "max_response_tokens": 12,
                 "seq_length": 256,
-                "weight_sync": "folder",
+                "weight_sync": weight_sync,
                 "weight_check_every": 1,
                 # A random model is never right: its responses' lengths are told apart instead.
                 "reward": {"function": "user_rewards:by_number_of_letters"},
@@ -81,8 +84,6 @@ def check_trained(folder: Path, steps: int) -> None:
         for rollout in rollouts:
             assert rollout["weight_versions"] == [[step - 1, len(rollout["token_ids"])]]
             assert len(rollout["prompt_token_ids"]) > 32, "more than a block of the prefix cache"
-    last = steps - 1  # nothing samples with those of the last step
-    assert (folder / "weights" / f"version_{last:08d}" / "STABLE").read_text() == f"{last}\n"
     assert (folder / "hf" / "model.safetensors").exists()
 
 
@@ -93,7 +94,7 @@ def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_ranks_train_on_what_a_server_samples_and_nothing_is_left(model, tmp_path):
-    cfg = live_config(tmp_path, num_steps=2, lr=1e-2)
+    cfg = live_config(tmp_path, num_steps=2, lr=1e-2, weight_sync="broadcast")
     prepare(cfg.run_dir, model)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))

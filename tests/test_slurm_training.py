@@ -67,7 +67,7 @@ def test_sft_on_two_nodes_of_two_ranks_computes_what_one_process_does(slurm, mod
 def test_rl_trains_on_one_node_what_a_server_on_another_samples_though_it_is_killed(slurm, model, tmp_path):
     """The server is killed between two steps: it is started anew, given the newest weights, and sampling goes on."""
     steps = 16
-    live = live_config(tmp_path / "runs", steps, lr=1e-3)
+    live = live_config(tmp_path / "runs", steps, lr=1e-3, weight_sync="folder")
     values = {**live.model_dump(mode="json"), "name": "test", "runs_dir": "runs", "model": settings(model)["model"]}
     run = Run(slurm, tmp_path, **values)
     run.write_cluster(
@@ -89,6 +89,8 @@ def test_rl_trains_on_one_node_what_a_server_on_another_samples_though_it_is_kil
 
     assert (stage / "manifest.json").exists(), run.logs()
     check_trained(stage, steps)
+    last = steps - 1  # nothing samples with the weights of the last step
+    assert (stage / "weights" / f"version_{last:08d}" / "STABLE").read_text() == f"{last}\n"
     [attempt] = run.dir.glob("logs/rl-astro/job-*.attempt-0")
     assert {path.name for path in attempt.glob("*.log")} == {"rank-0.log", "rank-1.log", "engine-n2-0.log"}
     assert (attempt / "engine-n2-0.log").read_text().count("serve: ready at") == 2

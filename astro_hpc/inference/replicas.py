@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -44,13 +45,13 @@ class Weights:
         version: the caller's number.
         name: what the servers call them once they have been pushed. Two engines that want the same files want the
             same name, and share servers in peace.
-        folder: where they lie.
+        folder: where they lie; None: they came over the network, and a server that missed them waits for the next.
         initial: they are the model's own, which a server that has just started has too.
     """
 
     version: int
     name: str
-    folder: Path
+    folder: Path | None
     initial: bool = False
 
     def are(self, name: str | None) -> bool:
@@ -307,6 +308,8 @@ class ReplicaSet:
         wanted = self.wanted
         await replica.client.check_health()
         if not wanted.are(await replica.client.check_fit(self._names, self._cfg.max_model_len, self._probe)):
+            if wanted.folder is None:
+                raise ServerFault("is up, and waits for the next push of weights (rl.weight_sync=broadcast)")
             await replica.client.push_weights(str(wanted.folder), wanted.name, self._cfg.server_start_seconds)
         if wanted is not self.wanted:
             raise ServerFault("there are newer weights already")
@@ -405,6 +408,36 @@ class ReplicaSet:
         troubles = await asyncio.gather(*[push(replica) for replica in self._well()])
         if troubles and all(troubles):
             raise RuntimeError(f"no server could load {weights.folder}: {troubles[0]}")
+
+    async def count_workers(self) -> dict[Replica, int]:
+        """The replicas that can take weights over the network, also those that missed the last ones: their workers.
+
+        Raises:
+            ConfigError: one doesn't allow it; all keep what they have.
+        """
+        found = {}
+        for replica in self._replicas:
+            try:
+                await replica.client.check_health()
+                found[replica] = await replica.client.count_workers()
+            except ServerUnfit as error:
+                raise ConfigError(f"inference.servers: {replica.url} {error}") from None
+            except ServerError as error:
+                self.suspect(replica, str(error))
+        return found
+
+    async def receive(self, weights: Weights, replica: Replica, arguments: dict[str, Any]) -> None:
+        """Let one replica receive weights; the caller sends them, to all replicas at once.
+
+        Raises:
+            RuntimeError: it failed; the others then wait for it in vain.
+        """
+        try:
+            await replica.client.receive_weights(weights.name, **arguments)
+        except ServerError as error:
+            self.suspect(replica, str(error))
+            raise RuntimeError(f"{replica.url}: {error}") from None
+        await self._admit(replica)
 
     async def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, dict[str, str]]:
         """By address, hashes of parts of the weights of the replicas that are well and can be asked."""

@@ -204,10 +204,36 @@ class ServerClient:
             ServerFault: it failed.
             ServerUnfit: the server doesn't allow it.
         """
+        await self._replace_weights("load_weights_folder", {"weights_path": folder}, version, seconds)
+
+    async def receive_weights(self, version: str, seconds: float, **arguments: Any) -> None:
+        """As `push_weights`, over the network: see `server_plugins.WeightUpdates.receive_weights`.
+
+        Args:
+            seconds: how long the server waits for the others and for each part.
+        """
+        await self._replace_weights("receive_weights", {**arguments, "seconds": seconds}, version, None)
+
+    async def count_workers(self) -> int:
+        """How many processes the server's model is split over, all of which receive weights.
+
+        Raises:
+            ServerFault: nobody answers.
+            ServerUnfit: the server doesn't allow updates.
+        """
+        answer = await self._call("GET", "/get_world_size", seconds=_CHECK_SECONDS)
+        try:
+            return int(answer["world_size"])
+        except (KeyError, TypeError, ValueError):
+            raise ServerFault("an answer without its number of workers") from None
+
+    async def _replace_weights(
+        self, method: str, arguments: dict[str, Any], version: str, seconds: float | None
+    ) -> None:
         await self.check_updatable()
         await self._name_weights(f"loading-{version}")
-        arguments = {"method": "load_weights_folder", "kwargs": {"weights_path": folder}}
-        await self._call("POST", "/collective_rpc", arguments, seconds=seconds)
+        body = {"method": method, "kwargs": arguments}
+        await self._call("POST", "/collective_rpc", body, seconds=seconds)
         answer = await self._call("POST", "/reset_prefix_cache", {}, seconds=_CHECK_SECONDS)
         if answer != {"success": True}:
             raise ServerFault("its prefix cache could not be cleared; something else uses this server")

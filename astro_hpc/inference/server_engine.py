@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import queue
 import random
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -16,9 +18,11 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.balancer import RetryPolicy
+from astro_hpc.inference.buckets import Group, TensorInfo, open_store
 from astro_hpc.inference.engine import EngineStats, Sample, SampleRequest
 from astro_hpc.inference.local_server import model_names
 from astro_hpc.inference.replicas import Replica, ReplicaSet, Weights
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 _Result = TypeVar("_Result")
+_STANDSTILL_SECONDS = 300.0
+"""A broadcast of weights that gets no further for so long has failed."""
 
 
 class VLLMServerEngine:
@@ -159,6 +165,54 @@ class VLLMServerEngine:
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
 
+    def broadcast_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], announced: Sequence[TensorInfo], version: int
+    ) -> None:
+        """As `load_weights`, without files: in buckets over the network, NCCL on GPUs and gloo on a CPU.
+
+        A server that is away meanwhile is left out until the next push.
+
+        Args:
+            announced: what `tensors` will give, in order.
+
+        Raises:
+            ConfigError: names or shapes differ from the model's, or a server doesn't allow updates.
+            RuntimeError: samples are in flight, or a server didn't receive them: sampling can't go on then.
+        """
+        import torch
+
+        self._check_open()
+        if self._in_flight:
+            raise RuntimeError("weights can't be replaced while samples are in flight")
+        check_same_tensors(self._shapes, {tensor.name: tensor.shape for tensor in announced}, "the new weights")
+        workers = self._on_loop(self._replicas.count_workers()).result()
+        if not workers:
+            raise RuntimeError("no server is there to take new weights; their logs say why")
+        world_size = 1 + sum(workers.values())
+        store = open_store(world_size, _STANDSTILL_SECONDS)
+        weights = Weights(version, f"{version}-{secrets.token_hex(8)}", None)
+        self._replicas.wanted = weights
+        common = {
+            "host": _address_for(replica.url for replica in workers),
+            "port": store.port,
+            "world_size": world_size,
+            "tensors": [tensor.to_json() for tensor in announced],
+            "seconds": _STANDSTILL_SECONDS,
+        }
+        receiving, first_rank = [], 1
+        for replica, count in workers.items():
+            arguments = {**common, "first_rank": first_rank}
+            receiving.append(self._on_loop(self._replicas.receive(weights, replica, arguments)))
+            first_rank += count
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        try:
+            Group(store, 0, world_size, device, _STANDSTILL_SECONDS).send(tensors, announced)
+        except RuntimeError as error:
+            failed = [str(each.exception()) for each in receiving if each.done() and each.exception() is not None]
+            raise RuntimeError(f"the weights did not reach the servers: {'; '.join(failed) or error}") from error
+        for each in receiving:
+            each.result()
+
     def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, str] | None:
         """See `Engine.weight_digests`; None where no server allows weight updates.
 
@@ -270,6 +324,14 @@ class VLLMServerEngine:
 
     def _count(self, name: str) -> None:
         self.stats.extra[name] = self.stats.extra.get(name, 0) + 1
+
+
+def _address_for(urls: Iterable[str]) -> str:
+    """An address of this machine that the servers reach."""
+    hosts = {urlsplit(url).hostname or "" for url in urls}
+    if all(host in ("localhost", "::1") or host.startswith("127.") for host in hosts):
+        return "127.0.0.1"
+    return os.environ.get("MASTER_ADDR") or socket.gethostname()  # where the ranks meet is where rank 0 is
 
 
 def _close_if_alive(reference: weakref.ref[VLLMServerEngine]) -> None:

@@ -37,11 +37,31 @@ class GuardAllPaths:
 
 
 class WeightUpdates:
-    """Extension of vLLM's worker: replaces the weights by a folder's, on CPU too, and tells which ones it has."""
+    """Extension of vLLM's worker: replaces the weights, on CPU too, and tells which ones it has."""
 
     def load_weights_folder(self: Any, weights_path: str) -> None:
         """Load the safetensors of a Hugging Face folder into the live model; the caller clears the prefix cache."""
         self.reload_weights(weights_path=weights_path)
+        if self.device.type == "cpu":
+            repack_embeddings(self.get_model())
+
+    def receive_weights(
+        self: Any, host: str, port: int, first_rank: int, world_size: int, tensors: list[Any], seconds: float
+    ) -> None:
+        """Load weights that come over the network (`inference.buckets`) into the live model.
+
+        Args:
+            host, port: where the processes meet.
+            first_rank: of this server's workers; rank 0 sends.
+            tensors: what is sent, as `TensorInfo.to_json` gives it.
+            seconds: how long to wait for the others.
+        """
+        from astro_hpc.inference.buckets import Group, TensorInfo, join_store
+
+        store = join_store(host, port, world_size, seconds)
+        group = Group(store, first_rank + self.rank, world_size, self.device, seconds)
+        announced = [TensorInfo.from_json(row) for row in tensors]
+        self.reload_weights(weights_iterator=group.receive(announced))
         if self.device.type == "cpu":
             repack_embeddings(self.get_model())
 

@@ -105,6 +105,11 @@ def check_settings(cfg: RunConfig) -> None:
             f"rl.max_response_tokens={settings.max_response_tokens} leaves no room for a prompt in "
             f"inference.max_model_len={max_model_len}; lower it or raise max_model_len"
         )
+    if settings.weight_sync == "broadcast" and cfg.inference.engine != "vllm-server" and settings.replay is None:
+        raise ConfigError(
+            f"rl.weight_sync=broadcast sends weights to servers, and inference.engine is {cfg.inference.engine}; "
+            "set weight_sync to memory, or engine to vllm-server"
+        )
     in_process = settings.replay is None and cfg.inference.engine == "vllm"
     if in_process and launched_world_size() > 1 and not settings.rollouts_only:
         raise ConfigError(

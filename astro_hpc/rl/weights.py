@@ -1,8 +1,9 @@
 """How the trainer's weights reach the engine, versioned: version N is the model after N steps.
 
-In memory, where both share a process; or through `weights/version_N/`, a Hugging Face folder with a `STABLE` marker
-that is written last, which any engine on a shared file system can load. Every rank of the trainer takes part in
-gathering the weights; rank 0 alone talks to the engine. The engine drops its prefix cache with the old weights.
+In memory, where both share a process; in buckets over the network, straight into servers; or through
+`weights/version_N/`, a Hugging Face folder with a `STABLE` marker that is written last, which any engine on a shared
+file system can load. Every rank of the trainer takes part in gathering the weights; rank 0 alone talks to the engine.
+The engine drops its prefix cache with the old weights.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from astro_hpc.inference.buckets import TensorInfo
 from astro_hpc.inference.engine import Engine
 from astro_hpc.inference.probe import different, trainer_digests
+from astro_hpc.inference.server_engine import VLLMServerEngine
 from astro_hpc.model.parallel import tell_all
 from astro_hpc.run.files import write_text_atomic
 from astro_hpc.training.trainer import Trainer
@@ -37,8 +40,10 @@ class WeightSync(Protocol):
         ...
 
 
-def make_weight_sync(kind: Literal["memory", "folder"], folder: Path) -> WeightSync:
+def make_weight_sync(kind: Literal["memory", "folder", "broadcast"], folder: Path) -> WeightSync:
     """The way that `rl.weight_sync` names; `folder` is where versions are kept."""
+    if kind == "broadcast":
+        return BroadcastSync()
     return MemorySync() if kind == "memory" else FolderSync(folder)
 
 
@@ -75,6 +80,24 @@ class FolderSync:
         engine.load_weights(path, version)
         for old in sorted(self.folder.glob("version_*"))[:-_KEPT_VERSIONS]:
             shutil.rmtree(old)
+
+
+class BroadcastSync:
+    """Sends the tensors in buckets over the network into the servers' workers; nothing is written."""
+
+    def __init__(self) -> None:
+        self._announced: list[TensorInfo] | None = None
+
+    def push(self, trainer: Trainer, engine: Engine | None, version: int) -> None:
+        """See `WeightSync.push`."""
+        if self._announced is None:  # once: gathering is what tells the whole shapes
+            self._announced = [TensorInfo.of(name, tensor) for name, tensor in trainer.named_hf_tensors()]
+        tensors = trainer.named_hf_tensors()
+        if engine is not None:
+            assert isinstance(engine, VLLMServerEngine), "rl.stage.check_settings"
+            engine.broadcast_weights(tensors, self._announced, version)
+        for _ in tensors:  # rank 0's gathers need every rank
+            pass
 
 
 def check_equal_weights(trainer: Trainer, engine: Engine | None, seed: int, where: str) -> bool:
