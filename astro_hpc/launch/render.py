@@ -178,7 +178,7 @@ def _parts(job: Job) -> list[str]:
         'NODES=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))',
         "TRAIN_NODES=$((${#NODES[@]} - ENGINE_NODES))",
         'SERVE_STEP=("${STEP[@]}" --nodes=$ENGINE_NODES --relative=$TRAIN_NODES --ntasks=$((ENGINE_NODES * SERVERS))',
-        "    --ntasks-per-node=$SERVERS --cpus-per-task=$((SLURM_CPUS_ON_NODE / SERVERS)))",
+        "    --ntasks-per-node=$SERVERS --overcommit --cpus-per-task=$((1 + (SLURM_CPUS_ON_NODE - 1) / SERVERS)))",
         f"STEP+=(--nodes=$TRAIN_NODES --relative=0 --ntasks=$((TRAIN_NODES * {ranks})) --ntasks-per-node={ranks})",
         "PORT=$((20000 + SLURM_JOB_ID * 16 % 12000))  # of the first server; the others' follow",
         "ASTRO_HPC_SERVERS=",
