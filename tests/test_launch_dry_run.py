@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_the_local_cluster_writes_one_script(tmp_path):
         (("--cluster", "sandbox", "--stages", "serch"), "'serch' is no stage of this run"),
         (("--cluster", "sandbox", "--stages", "rl"), "rl-astro: needs sft-astro, which is neither done nor queued"),
         (("--cluster", "sandbox", "parallel.tensor_parallel_size=0"), "parallel.tensor_parallel_size"),
+        (("--cluster", "sandbox", "rl.temperature=0.7"), "rl.temperature=0.7: the trainer's log-probabilities are at"),
+        (("--cluster", "sandbox", "rl.mini_batches=7"), "rl.mini_batches=7 does not divide the"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(arguments, message, tmp_path):
@@ -103,6 +106,40 @@ def test_mistakes_are_one_line_and_nothing_is_written(arguments, message, tmp_pa
     [line] = result.stderr.strip().splitlines()
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_rl_don_t_matter_where_it_is_not_launched(tmp_path):
+    arguments = ["--cluster", "sandbox", "--dry-run", "--stages", "warmup,search", "rl.temperature=0.7"]
+    result = launch("configs/demo.yaml", *arguments, f"runs_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_user_s_modules_stay_importable_and_this_code_comes_before_any_other(tmp_path):
+    """In a job's script, in slurm/'s, and where the jobs run here; the working folder's code never counts."""
+    user, workdir = tmp_path / "user", tmp_path / "work"
+    for folder in (user, workdir / "astro_hpc"):
+        folder.mkdir(parents=True)
+    (user / "my_rewards.py").write_text(
+        "def shorter(problem, response, outcome):\n    return 1 / (1 + len(response))\n"
+    )
+    show = "import astro_hpc, my_rewards; print(astro_hpc.__file__, my_rewards.__file__)"
+    scripts = {}
+    for cluster in ("sandbox", "local"):
+        own = ["--cluster", cluster, "--dry-run", f"runs_dir={tmp_path}", f"name={cluster}"]
+        assert launch(ROOT / "configs/demo.yaml", *own, cwd=workdir).returncode == 0
+        [frozen] = tmp_path.glob(f"{cluster}/jobs/frozen-*")
+        name = "local.sh" if cluster == "local" else "rl-astro.sbatch"
+        scripts[tmp_path / cluster / "jobs" / name] = frozen
+    scripts[ROOT / "slurm" / "rl.sbatch"] = None
+    (workdir / "astro_hpc" / "__init__.py").write_text("raise SystemExit('the wrong code')")
+    for script, frozen in scripts.items():
+        lines = [line for line in script.read_text().splitlines() if re.match("CODE=|export PYTHONPATH=", line)]
+        assert len(lines) == (1 if script.name == "local.sh" else 2)
+        code = "\n".join(["cd " + str(workdir if frozen else ROOT), *lines, f'"{sys.executable}" -c "{show}"'])
+        environment = {**os.environ, "PYTHONPATH": str(user)}
+        run = subprocess.run(["bash", "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.split() == [f"{frozen or ROOT}/astro_hpc/__init__.py", f"{user}/my_rewards.py"]
 
 
 def test_without_slurm_a_real_launch_says_so(tmp_path):

@@ -33,6 +33,7 @@ from astro_hpc.launch.graph import (
 )
 from astro_hpc.launch.local import run_here
 from astro_hpc.launch.render import Place, parse_comment, render
+from astro_hpc.rl.checks import check_settings
 from astro_hpc.run.files import Journal, Lock, write_text_atomic
 from astro_hpc.run.stage import source_commit, write_resolved_config
 from astro_hpc.search.shards import SHARD_FOLDERS
@@ -97,6 +98,8 @@ def launch(
     cfg = cfg.model_copy(update={"runs_dir": run.parent})
     jobs = build_graph(cfg, cluster)
     chosen = choose(jobs, stages, first)
+    if any(job.stage == "rl" for job in chosen):
+        check_settings(cfg)  # a day of other stages would go before
     refuse_shared_process(chosen, cfg)
     _refuse_other_splits(run, jobs)
     done = {job.name: tasks_done(run, job) for job in jobs}

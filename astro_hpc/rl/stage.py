@@ -30,6 +30,7 @@ from astro_hpc.problems.problem import Problem
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.rl.batches import make_batch
 from astro_hpc.rl.behaviour import behaviour, write_samples
+from astro_hpc.rl.checks import check_settings
 from astro_hpc.rl.reward import Reward
 from astro_hpc.rl.rollouts import Sampler
 from astro_hpc.rl.source import GroupSource, LiveSource, ReplaySource, StepGroups, step_file
@@ -57,6 +58,7 @@ def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
         TimeoutError: sampling stands still; says what was waited for.
     """
     check_settings(ctx.cfg)
+    _check_place(ctx.cfg)
     check_metrics(ctx.cfg.metrics)
     problems = [Problem.from_json(row) for row in read_jsonl(prompts)]
     checkpoint = ctx.cfg.rl.checkpoint
@@ -72,44 +74,9 @@ def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
     return [exported, ctx.dir / "metrics.jsonl"]
 
 
-def check_settings(cfg: RunConfig) -> None:
-    """Refuse settings that would be wrong or could not work.
-
-    Raises:
-        ConfigError: names the setting, the numbers and a remedy.
-    """
-    settings, max_model_len = cfg.rl, cfg.inference.max_model_len
-    if settings.temperature != 1.0:
-        raise ConfigError(
-            f"rl.temperature={settings.temperature}: the trainer's log-probabilities are at temperature 1, so the "
-            f"importance ratio would be wrong; set it to 1.0"
-        )
-    if settings.top_p != 1.0:
-        raise ConfigError(
-            f"rl.top_p={settings.top_p}: the engine's log-probabilities are of the whole distribution, so the "
-            f"importance ratio would be off by the mass that top-p cuts off; set it to 1.0"
-        )
-    responses = settings.prompts_per_step * settings.group_size
-    if responses % settings.mini_batches:
-        raise ConfigError(
-            f"rl.mini_batches={settings.mini_batches} does not divide the {responses} responses of a step "
-            f"(prompts_per_step={settings.prompts_per_step} x group_size={settings.group_size}); choose a divisor"
-        )
-    if settings.seq_length < max_model_len - 1:
-        raise ConfigError(
-            f"rl.seq_length={settings.seq_length} can't hold every prompt and response of up to "
-            f"inference.max_model_len={max_model_len} tokens; raise it to {max_model_len}"
-        )
-    if settings.max_response_tokens >= max_model_len:
-        raise ConfigError(
-            f"rl.max_response_tokens={settings.max_response_tokens} leaves no room for a prompt in "
-            f"inference.max_model_len={max_model_len}; lower it or raise max_model_len"
-        )
-    if settings.weight_sync == "broadcast" and cfg.inference.engine != "vllm-server" and settings.replay is None:
-        raise ConfigError(
-            f"rl.weight_sync=broadcast sends weights to servers, and inference.engine is {cfg.inference.engine}; "
-            "set weight_sync to memory, or engine to vllm-server"
-        )
+def _check_place(cfg: RunConfig) -> None:
+    """Refuse an engine that these processes can't hold."""
+    settings = cfg.rl
     in_process = settings.replay is None and cfg.inference.engine == "vllm"
     if in_process and launched_world_size() > 1 and not settings.rollouts_only:
         raise ConfigError(
