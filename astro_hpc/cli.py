@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,7 +16,8 @@ import typer
 
 from astro_hpc import __version__
 from astro_hpc.config import ConfigError, RunConfig, load_config
-from astro_hpc.run.process import EXIT_CHECKPOINTED, EXIT_USAGE, die_with_parent
+from astro_hpc.run.files import InUse, no_room
+from astro_hpc.run.process import EXIT_CHECKPOINTED, EXIT_IN_USE, EXIT_NO_ROOM, EXIT_USAGE, die_with_parent
 from astro_hpc.run.ranks import RankFailed
 from astro_hpc.run.stage import CheckpointedExit
 
@@ -29,7 +31,10 @@ app = typer.Typer(
     "One YAML file describes a run. `astro-hpc run CONFIG` carries out all its stages and skips what is done; "
     "each stage is also a command of its own.",
     epilog="Start with `astro-hpc demo`. Override any setting on the command line: "
-    "`astro-hpc run configs/demo.yaml search.num_iterations=6 name=mine`.",
+    "`astro-hpc run configs/demo.yaml search.num_iterations=6 name=mine`.\n\n"
+    "Exit codes: 0 done; 1 failed, and may pass when tried again; 2 your input is wrong, in one line; 73 in use by "
+    "another process; 74 disk full or quota used up; 75 told to stop, and saved: the same command goes on; 71 of "
+    "`doctor --node`: the node is bad; 130 interrupted.",
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, e.g. configs/demo.yaml.")]
@@ -306,30 +311,44 @@ def status(
         bool, typer.Option("--watch", help="Show it again and again, ever less often, until done.")
     ] = False,
 ) -> None:
-    """The run's stages: done, begun or waiting, with seconds and tokens; of a launched run the state of its jobs."""
+    """The run's stages: done, begun or waiting, with seconds and tokens; of a launched run the state of its jobs.
+
+    Rates come from the last progress in the logs of running tasks; "limit in" is Slurm's. --watch ends when nothing is
+    queued or running any more, of a run that wasn't launched when all stages are done, and with Ctrl-C.
+    """
     from astro_hpc.launch.status import is_launched, job_states, print_states
+    from astro_hpc.launch.submit import bad_nodes
     from astro_hpc.report.status import print_status, run_status
 
     cfg = _run_config(run)
-    if is_launched(cfg.run_dir):
-        states = job_states(cfg)
+
+    def show(again: bool) -> bool:
+        """Print it; whether anything may still change."""
+        if is_launched(cfg.run_dir):
+            states = job_states(cfg)
+            if again:
+                click.clear()
+            if as_json:
+                print(json.dumps([state.to_json() for state in states], indent=2))
+            else:
+                print_states(states, bad_nodes(cfg.run_dir))
+            return any(state.counts.get(name) for state in states for name in ("running", "pending"))
+        rows = run_status(cfg)
+        if again:
+            click.clear()
         if as_json:
-            print(json.dumps([state.to_json() for state in states], indent=2))
-            return
-        print_states(states)
-        pause = 5.0
-        while watch and any(state.state in ("running", "pending") for state in states):
+            print(json.dumps(rows, indent=2))
+        else:
+            print_status(rows)
+        return any(row["state"] != "done" for row in rows)
+
+    pause = 5.0
+    with contextlib.suppress(KeyboardInterrupt):
+        going_on = show(again=False)
+        while watch and going_on:
             time.sleep(pause)
             pause = min(1.5 * pause, 60.0)  # Slurm's controller serves everybody
-            states = job_states(cfg)
-            click.clear()
-            print_states(states)
-        return
-    rows = run_status(cfg)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print_status(rows)
+            going_on = show(again=True)
 
 
 @app.command()
@@ -351,16 +370,53 @@ def trace(
         print_example(row)
 
 
+_NODE = "Of --node"
+
+
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also check what this run needs.")] = None,
     overrides: Overrides = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Also check a cluster: its file, or the name of one in configs/clusters.")
+    ] = None,
+    node: Annotated[
+        bool, typer.Option("--node", help="Check this node alone, fast: the first step of jobs; see below.")
+    ] = False,
     as_json: Json = False,
+    nodes: Annotated[
+        str | None, typer.Option(help="All nodes of the job, separated by commas.", rich_help_panel=_NODE)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the shared file system, where nodes meet.", rich_help_panel=_NODE)
+    ] = None,
+    disk: Annotated[
+        str, typer.Option(help="Folder on the local disk; $VARIABLES are put in.", rich_help_panel=_NODE)
+    ] = "/tmp",
+    min_disk_gb: Annotated[float, typer.Option(help="Free there.", rich_help_panel=_NODE)] = 1.0,
+    min_free_gpu_memory: Annotated[float, typer.Option(help="Share of each GPU.", rich_help_panel=_NODE)] = 0.9,
+    max_clock_skew: Annotated[float, typer.Option(help="Seconds.", rich_help_panel=_NODE)] = 10.0,
+    wait: Annotated[float, typer.Option(help="Seconds for the other nodes.", rich_help_panel=_NODE)] = 120.0,
+    all_reduce: Annotated[bool, typer.Option(help="A small one over all nodes.", rich_help_panel=_NODE)] = True,
 ) -> None:
-    """What this machine has and lacks, with the remedy; exit code 1 when something fails. Changes nothing."""
+    """What this machine has and lacks, with the remedy; exit code 1 when something fails. Changes nothing.
+
+    --node checks a node within seconds: local disk, GPU memory and ECC errors, the shared folder (every node reads what
+    the others wrote there), clocks, and a small all-reduce (NCCL, or gloo without GPUs). Jobs with GPUs or several
+    nodes start with it; `node_check` of the cluster file has its settings. It prints a line a node, `ok NODE` or
+    `bad NODE reason`, and leaves with 71 when a node is bad: the job is requeued without that node.
+    """
     from astro_hpc.launch import doctor
 
-    rows = doctor.examine(load_config(config, overrides or []) if config else None)
+    if node:
+        from astro_hpc.launch.node import NodeLimits
+
+        limits = NodeLimits(disk, min_disk_gb, min_free_gpu_memory, max_clock_skew, wait, all_reduce)
+        raise typer.Exit(doctor.examine_node(nodes, folder, limits, as_json))
+    from astro_hpc.launch.cluster import load_cluster
+
+    cfg = load_config(config, overrides or []) if config else None
+    rows = doctor.examine(cfg, load_cluster(cluster) if cluster else None)
     if as_json:
         print(json.dumps(doctor.as_json(rows), indent=2))
     else:
@@ -497,27 +553,36 @@ def main() -> None:
         die_with_parent(int(parent))
     try:
         app()
-    except ConfigError as error:
-        print(f"astro-hpc: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
     except CheckpointedExit as error:
         print(f"astro-hpc: {error or 'checkpointed'}; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_CHECKPOINTED)
     except RankFailed as error:
         print(f"astro-hpc: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        sys.exit(error.exit_code)
+    except Exception as error:
+        code, line = _told(error)
+        if code is None:
             raise
-        print(
-            f"astro-hpc: {error.filename or 'writing'}: {error.strerror}; free space or choose another runs_dir, "
-            "then the same command goes on from here",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_USAGE)
+        print(f"astro-hpc: {line}", file=sys.stderr)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("astro-hpc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _told(error: Exception) -> tuple[int | None, str]:
+    """(exit code, the one line) of an error that isn't ours; None: an internal fault, which shows its traceback."""
+    if no_room(error):
+        where = (error.filename or "writing") if isinstance(error, OSError) else type(error).__name__
+        what = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        remedy = "free space or choose another runs_dir, then the same command goes on from here"
+        return EXIT_NO_ROOM, str(error) if isinstance(error, ConfigError) else f"{where}: {what}; {remedy}"
+    if isinstance(error, ConfigError):
+        return EXIT_IN_USE if isinstance(error, InUse) else EXIT_USAGE, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        remedy = "change its permissions or choose another runs_dir, then the same command goes on from here"
+        return EXIT_USAGE, f"{error.filename or 'writing'}: {error.strerror}; {remedy}"
+    return None, ""
 
 
 def _run_all(config: Path, overrides: list[str], redo: bool = False) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from astro_hpc.cli import _told
+from astro_hpc.config import ConfigError
+from astro_hpc.run.files import InUse, Lock
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -105,3 +110,31 @@ def test_status_of_a_begun_run(tmp_path):
     assert [row["state"] for row in rows] == ["waiting"] * len(rows)
     assert rows[0]["stage"] == "warmup"
     assert rows[-1]["stage"] == "eval"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), 74),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 74),
+        (RuntimeError("a writer failed: OSError(28, 'No space left on device')"), 74),
+        (ConfigError("x: can't be written (No space left on device)"), 74),
+        (InUse("runs/x: sft: in use by process 7"), 73),
+        (ConfigError("unknown key"), 2),
+        (OSError(errno.EACCES, "Permission denied", "/runs/x"), 2),
+        (OSError(errno.ECONNREFUSED, "Connection refused"), None),
+        (KeyError("step"), None),
+    ],
+)
+def test_what_passes_by_itself_has_an_exit_code_of_its_own(error, code):
+    found, line = _told(error)
+    assert found == code
+    assert "\n" not in line
+
+
+def test_a_run_in_use_leaves_with_73(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("{executor: local, gpus_per_node: 0}")
+    with Lock(tmp_path / "demo" / "jobs" / ".launch.lock"):
+        result = _run("launch", "configs/demo.yaml", "--cluster", tmp_path / "cluster.yaml", f"runs_dir={tmp_path}")
+    assert result.returncode == 73, result.stderr
+    assert "demo: launch: in use by process" in result.stderr

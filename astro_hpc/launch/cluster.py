@@ -52,6 +52,25 @@ class ContainerConfig(Section):
     """`host:container` pairs besides the run folder and the launch's working folder, which are always there."""
 
 
+class NodeCheckConfig(Section):
+    """`astro-hpc doctor --node` at the start of every job that has GPUs or several nodes. All values are ours."""
+
+    enabled: bool = True
+    disk: Annotated[str, Field(pattern=r"^[/$][A-Za-z0-9_./${}-]*$")] = "/tmp"
+    """Folder on a node's own disk; variables are put in on the node, for instance `/scratch/$SLURM_JOB_ID`."""
+    min_disk_gb: Annotated[float, Field(ge=0)] = 1.0
+    """Free there, in 1e9 bytes."""
+    min_free_gpu_memory: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of each GPU's memory."""
+    max_clock_skew_seconds: Annotated[float, Field(gt=0)] = 10.0
+    wait_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """For the other nodes of the job, and for the all-reduce."""
+    all_reduce: bool = True
+    """Where a job has several nodes: a small all-reduce over all of them."""
+    max_bad_nodes: Annotated[int, Field(ge=0)] = 8
+    """A job goes on without bad nodes until the run's exclude list is longer."""
+
+
 class StageConfig(Section):
     """What one stage gets. Whatever is left out comes from the cluster."""
 
@@ -159,6 +178,7 @@ class ClusterConfig(Section):
     """A job that saved and wants to go on is requeued at most so often."""
     max_failures: PositiveInt = 3
     """A job that failed is requeued until it failed so often without progress, or twice with the same last line."""
+    node_check: NodeCheckConfig = NodeCheckConfig()
     stages: StagesConfig = StagesConfig()
 
     @model_validator(mode="after")

@@ -6,17 +6,25 @@ New kinds of checks (a cluster's, say) are a function more in `examine`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+import platform
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from astro_hpc.config import RunConfig
+from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.launch import checks, run_checks
 from astro_hpc.launch.checks import Check
+from astro_hpc.launch.cluster import ClusterConfig
+from astro_hpc.launch.node import NodeLimits, check_node, print_reports
 from astro_hpc.model.libraries import this_machine
+from astro_hpc.run.process import EXIT_BAD_NODE
 
 
-def examine(cfg: RunConfig | None) -> list[Check]:
+def examine(cfg: RunConfig | None, cluster: ClusterConfig | None = None) -> list[Check]:
     """All checks, in the order in which their remedies are best taken."""
     rows = [*checks.python_version(), *checks.torch_build()]
     if importlib.util.find_spec("torch") is None:
@@ -31,6 +39,26 @@ def examine(cfg: RunConfig | None) -> list[Check]:
         rows += [*model.rows, *run_checks.inputs(cfg)]
         rows += [*run_checks.parallel_sizes(cfg, machine, shape), *run_checks.arithmetic(cfg, machine, shape)]
     return [*rows, *run_checks.memory(cfg, machine, shape), *run_checks.disk(cfg, shape)]
+
+
+def examine_node(nodes: str | None, folder: Path | None, limits: NodeLimits, as_json: bool) -> int:
+    """Check this node, print what was found, and return the exit code.
+
+    Raises:
+        ConfigError: several nodes have no folder to meet in, or this one isn't among them.
+    """
+    own = os.environ.get("SLURMD_NODENAME") or platform.node()
+    names = nodes.split(",") if nodes else [own]
+    if own not in names:
+        raise ConfigError(f"--nodes {nodes}: this is {own}; give the names that Slurm has for the job's nodes")
+    if folder is None and len(names) > 1:
+        raise ConfigError("--nodes: several nodes need --folder, a folder that all of them see")
+    with contextlib.ExitStack() as held:
+        place = folder or Path(held.enter_context(tempfile.TemporaryDirectory()))
+        reports = check_node(own, names, place, limits)
+    print_reports(reports, as_json)
+    verdicts = {report.verdict for report in reports}
+    return EXIT_BAD_NODE if "bad" in verdicts else int("unsure" in verdicts)
 
 
 def print_checks(rows: list[Check]) -> None:

@@ -20,7 +20,6 @@ from astro_hpc.launch.cluster import ClusterConfig
 from astro_hpc.launch.graph import Job, as_ranges
 
 TRAINING = ("warmup", "sft", "rl")
-EXIT_NEVER_RETRY = 78
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,102 @@ TASK=${TASK:-$SLURM_JOB_ID}
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
 LOG=$RUN/logs/$WORK/job-$SLURM_JOB_ID.attempt-$ATTEMPT
 ENDED=$RUN/jobs/ended/$WORK
-mkdir -p "$LOG" "$RUN/jobs/ended" && touch "$LOG/started" || exit 1
+EXCLUDE=$RUN/jobs/exclude
+end() {  # a record for `astro-hpc status`
+    printf '%s\\n' "$1" "$code" "$ATTEMPT" "$SLURMD_NODENAME" "$TASK" "$LOG" "$reason" > "$ENDED.$SLURM_JOB_ID.tmp" &&
+        mv "$ENDED.$SLURM_JOB_ID.tmp" "$ENDED"
+    echo "$WORK: $1 (exit code $code, attempt $ATTEMPT) $reason"
+}
+requeue() {  # with what else is to change about the job, if anything
+    [ "$ATTEMPT" -lt "$MAX_REQUEUES" ] || return
+    trap '' TERM USR1  # of the job's end, which this asks for
+    end requeued
+    scontrol requeue "$TASK" || return
+    [ $# = 0 ] || scontrol update jobid="$TASK" "$@"  # Slurm takes it from now on, and no earlier
+    [ -z "$step" ] || wait $step
+    exit $code
+}
+try_again() {  # unless it failed so often without progress, or twice the same way
+    # Files written since the start are progress; a failure that comes back without any is not transient.
+    if [ "$(find -H "$OUTPUT" -type f -newer "$LOG/started" ! -name '.*' ! -name state.json ! -name '*.log' \\
+        ! -name metrics.jsonl ! -name 'events.*' -print -quit 2>/dev/null)" ]; then rm -f "$ENDED.failures"; fi
+    before=$(tail -n 1 "$ENDED.failures" 2>/dev/null)
+    echo "$code $reason" >> "$ENDED.failures"
+    [ "$before" != "$code $reason" ] || [ "$1" = passing ] || return
+    [ "$(wc -l < "$ENDED.failures")" -ge "$MAX_FAILURES" ] || requeue
+}
+ended_by_slurm() {  # TERM; the step has it too, and saves
+    trap '' TERM USR1
+    facts=$(scontrol show job "$SLURM_JOB_ID") code=143
+    [[ $facts =~ Restarts=([0-9]+) ]] && restarts=${BASH_REMATCH[1]}
+    [[ $facts =~ RunTime=([-0-9:]+)\\ TimeLimit=([-0-9:]+) ]] && ran=${BASH_REMATCH[1]} limit=${BASH_REMATCH[2]}
+    if [[ $facts =~ PreemptTime=[0-9] ]]; then
+        reason=preempted
+        requeue  # or PreemptMode=CANCEL would drop it; with REQUEUE it is queued again already
+    elif [ "${restarts:-0}" -gt "$ATTEMPT" ]; then
+        reason="requeued by hand"
+        end requeued
+    elif [ -n "$limit" ] && { [ ${#ran} -gt ${#limit} ] || [[ ! $ran < $limit ]]; }; then
+        reason="the time limit came before it had saved"
+        try_again
+        end failed
+    else
+        reason=cancelled
+        end cancelled
+    fi
+    [ -z "$step" ] || wait $step
+    exit $code
+}
+decide() {  # by the exit code, what becomes of the job
+    last_lines=$(tail -qn 3 "$LOG"/nodes.log "$LOG"/rank-*.log 2>/dev/null | grep '[[:alnum:]]' | grep -v '^.── ')
+    reason=$(grep -m 1 -i -e '^astro-hpc: ' -e '^bad ' -e '^[a-z_.]*Error' -e '^[a-z_.]*Exception' -e killed \\
+        <<< "$last_lines")
+    reason=${reason:-$(tail -n 1 <<< "$last_lines")}
+    case $code in
+    0) end done; exit 0 ;;
+    2 | 78) end refused; exit 78 ;;  # wrong input: never again
+    75) rm -f "$ENDED.failures"; requeue ;;  # saved
+    73 | 74) try_again passing ;;  # in use, disk full
+    71)  # bad nodes: without them
+        while read -r node why; do
+            grep -qs "^$node " "$EXCLUDE" || echo "$node $why" >> "$EXCLUDE"
+        done < <(sed -n 's/^bad //p' "$LOG/nodes.log")
+        own=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=//p' | grep -v null)
+        bad=$(cut -d ' ' -f 1 "$EXCLUDE" | paste -sd,)
+        [ "$(wc -l < "$EXCLUDE")" -gt "$MAX_BAD_NODES" ] || requeue ExcNodeList="${own:+$own,}$bad"
+        ;;
+    *) try_again ;;
+    esac
+    end failed
+    exit $code
+}
+follow() {  # the step that was just started, to its end
+    step=$!
+    told=
+    wait $step; code=$?
+    while [ "$told" ]; do told=; wait $step; code=$?; done  # a signal ends `wait`, not the step
+}
+trap 'told=1; kill -USR1 $step' USR1  # the time limit is near: the stage saves and ends with 75
+trap ended_by_slurm TERM
+
+code=74 step= reason="$RUN can't be written"
+if ! mkdir -p "$LOG" "$RUN/jobs/ended" || ! touch "$LOG/started"; then
+    [ "$ATTEMPT" -ge "$MAX_FAILURES" ] || requeue
+    exit $code
+fi
 [ "$ATTEMPT" = 0 ] && rm -f "$ENDED.failures"
+
+if [ ${#NODE_CHECK[@]} -gt 0 ]; then  # a bad node is found before the stage starts on it
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+    srun "${STEP[@]}" --nodes="$SLURM_JOB_NUM_NODES" --relative=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
+        --wait=600 --output="$LOG/nodes.log" "${INSIDE[@]}" \\
+        "$PYTHON" -m astro_hpc doctor --node "${NODE_CHECK[@]}" --nodes "$nodes" --folder "$LOG/nodes" &
+    follow
+    if [ $code != 0 ]; then
+        grep -q '^bad ' "$LOG/nodes.log" && code=71 || code=1
+        decide
+    fi
+fi
 """
 SERVE_STEP = """\
 # --- the engines: a step beside the training, a log for each server and attempt ---
@@ -64,48 +157,16 @@ serve_on=$(IFS=,; echo "${NODES[*]:TRAIN_NODES}")
 echo "trainer: $train_on; engines: $serve_on" > "$LOG/parts"  # for `astro-hpc status`
 """
 RUN_STEP = """\
-# A rank that saved leaves a mark and ends with 0, so that --kill-on-bad-exit spares ranks that are still saving.
-RANK='trap : USR1 TERM; log=$1; shift; "$@"; code=$?; [ $code = 75 ] && { : > "$log/saved"; exit 0; }; exit $code'
+# srun tells the highest code, which may be a killed neighbour's: a rank leaves a mark for a code that says more.
+# One that saved ends with 0, so that --kill-on-bad-exit spares ranks that are still saving.
+RANK='trap : USR1 TERM; log=$1; shift; "$@"; code=$?
+    case $code in 2 | 73 | 74 | 75 | 78) : > "$log/code-$code" ;; esac; [ $code != 75 ] || exit 0; exit $code'
 srun --kill-on-bad-exit=1 --open-mode=append --output="$LOG/rank-%t.log" "${STEP[@]}" \\
     bash -c "$RANK" rank "$LOG" "${INSIDE[@]}" "$PYTHON" -m astro_hpc "${COMMAND[@]}" &
-step=$!
-trap 'told=1; kill -USR1 $step' USR1  # the time limit is near: the stage saves and ends with 75
-told=; wait $step; code=$?
-while [ "$told" ]; do told=; wait $step; code=$?; done  # a signal ends `wait`, not the step
-[ $code = 0 ] && [ -e "$LOG/saved" ] && code=75
-
-# --- decide by the exit code: 0 done, 75 saved and to be continued, 2 or 78 never to be retried, else failed ---
-last_lines=$(tail -qn 3 "$LOG"/rank-*.log 2>/dev/null | grep '[[:alnum:]]' | grep -v '^.── ')
-reason=$(grep -m 1 -e '^astro-hpc: ' -e '^[A-Za-z_.]*Error' -e '^[A-Za-z_.]*Exception' -i -e killed <<< "$last_lines")
-reason=${reason:-$(tail -n 1 <<< "$last_lines")}
-end() {  # a record for `astro-hpc status`
-    printf '%s\\n' "$1" "$code" "$ATTEMPT" "$SLURMD_NODENAME" "$TASK" "$LOG" "$reason" > "$ENDED.$SLURM_JOB_ID.tmp"
-    mv "$ENDED.$SLURM_JOB_ID.tmp" "$ENDED"
-    echo "$WORK: $1 (exit code $code, attempt $ATTEMPT) $reason"
-}
-requeue() {
-    [ "$ATTEMPT" -lt "$MAX_REQUEUES" ] || return
-    end requeued
-    scontrol requeue "$TASK" && exit $code
-}
-case "$code $reason" in  # these pass by themselves
-"2 "*"in use by"* | "2 "*"No space left"* | "2 "*"quota exceeded"*) code=1 ;;
-esac
-case $code in
-0) end done; exit 0 ;;
-2 | 78) end refused; exit 78 ;;
-75) rm -f "$ENDED.failures"; requeue ;;
-*)
-    # Files written since the start are progress; a failure that comes back without any is not transient.
-    if [ "$(find "$OUTPUT" -type f -newer "$LOG/started" ! -name '.*' ! -name state.json ! -name '*.log' \\
-        ! -name metrics.jsonl ! -name 'events.*' -print -quit 2>/dev/null)" ]; then rm -f "$ENDED.failures"; fi
-    before=$(tail -n 1 "$ENDED.failures" 2>/dev/null)
-    echo "$code $reason" >> "$ENDED.failures"
-    if [ "$before" != "$code $reason" ] && [ "$(wc -l < "$ENDED.failures")" -lt "$MAX_FAILURES" ]; then requeue; fi
-    ;;
-esac
-end failed
-exit $code"""
+follow
+if [ $code = 0 ]; then marks=75; else marks="2 78 73 74"; fi
+for mark in $marks; do [ ! -e "$LOG/code-$mark" ] || code=$mark; done
+decide"""
 
 
 def render(job: Job, cluster: ClusterConfig, place: Place, offset: int = 0, size: int | None = None) -> str:
@@ -242,7 +303,20 @@ def _what_runs(job: Job, cluster: ClusterConfig, place: Place, offset: int) -> l
         f"COMMAND=({' '.join(command_words(job))})",
         f"MAX_REQUEUES={cluster.max_requeues}",
         f"MAX_FAILURES={cluster.max_failures}",
+        f"NODE_CHECK=({_words(_node_check(job, cluster))})  # options of astro-hpc doctor --node; none: no check",
+        f"MAX_BAD_NODES={cluster.node_check.max_bad_nodes}",
     ]
+
+
+def _node_check(job: Job, cluster: ClusterConfig) -> list[str]:
+    """Options of the node check; none where a job has neither GPUs nor several nodes, or it is switched off."""
+    check = cluster.node_check
+    if not check.enabled or not (job.resources.gpus_per_node or job.resources.nodes > 1):
+        return []
+    options = [f"--disk={check.disk}", f"--min-disk-gb={check.min_disk_gb:g}"]
+    options += [f"--min-free-gpu-memory={check.min_free_gpu_memory:g}"]
+    options += [f"--max-clock-skew={check.max_clock_skew_seconds:g}", f"--wait={check.wait_seconds:g}"]
+    return [*options, *([] if check.all_reduce else ["--no-all-reduce"])]
 
 
 def _environment(job: Job, cluster: ClusterConfig) -> list[str]:

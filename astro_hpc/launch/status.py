@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch import slurm
 from astro_hpc.launch.cluster import load_cluster
 from astro_hpc.launch.graph import Job, build_graph, from_ranges
+from astro_hpc.launch.pace import read_pace, together
 from astro_hpc.launch.render import parse_comment
 from astro_hpc.launch.submit import SUBMITTED, run_key, tasks_done
 from astro_hpc.run.files import Journal
+from astro_hpc.run.progress import format_seconds
 
 STATES = ("done", "running", "pending", "failed", "waiting")
 """Of a task: its results are there; Slurm runs it; Slurm has it queued; it left the queue without results; not yet
@@ -38,6 +40,9 @@ class JobState:
         reason: why it waits, or why it failed; while it runs, which of its nodes train and which serve.
         log: the file to open.
         failed_tasks: numbers of the tasks that failed.
+        unit: what its tasks count, for instance trees or steps; known while some run.
+        per_minute: units that all running tasks do a minute.
+        seconds_left: until it is done, when as many tasks go on running as now.
     """
 
     job: str
@@ -50,6 +55,9 @@ class JobState:
     reason: str | None = None
     log: str | None = None
     failed_tasks: list[int] = field(default_factory=list)
+    unit: str | None = None
+    per_minute: float | None = None
+    seconds_left: float | None = None
 
     @property
     def state(self) -> str:
@@ -84,14 +92,18 @@ def job_states(cfg: RunConfig) -> list[JobState]:
         except ConfigError:
             pass  # no controller answers: then what lies in the run folder is all that is known
     submitted = last_submissions(run)
+    done = {job.name: tasks_done(run, job) for job in jobs}
     gone = {
         job_id
         for job in jobs
         for task, (job_id, _) in submitted.get(job.name, {}).items()
-        if task not in queued.get(job.name, {})
+        if task not in queued.get(job.name, {}) and task not in done[job.name]
     }
     past = slurm.past_states(sorted(gone, key=int)) if slurm.is_available() else {}
-    return [_job_state(run, job, queued.get(job.name, {}), submitted.get(job.name, {}), past) for job in jobs]
+    return [
+        _job_state(run, job, done[job.name], queued.get(job.name, {}), submitted.get(job.name, {}), past)
+        for job in jobs
+    ]
 
 
 def last_submissions(run: Path) -> dict[str, dict[int, tuple[str, str]]]:
@@ -117,12 +129,13 @@ def read_ended(run: Path, job: Job, task: int) -> dict[str, str] | None:
 def _job_state(
     run: Path,
     job: Job,
+    done: Collection[int],
     queued: Mapping[int, slurm.Queued],
     submitted: Mapping[int, tuple[str, str]],
     past: Mapping[str, str],
 ) -> JobState:
     state = JobState(job.name, job.stage, len(job.tasks))
-    done, counts = tasks_done(run, job), Counter[str]()
+    counts = Counter[str]()
     shown: tuple[int, int] | None = None  # (urgency, task) of the task whose reason and log are shown
     for task in job.tasks:
         kind = _task_state(task, done, queued, submitted)
@@ -136,13 +149,17 @@ def _job_state(
     running = [each for each in queued.values() if each.state != "PENDING"]
     state.nodes = sorted({each.nodes for each in running if each.nodes})
     state.left = min((each.left for each in running), key=lambda left: (len(left), left), default=None)
+    logs = [_last_log(run, job, task) for task, each in queued.items() if each.state != "PENDING"]
+    known = together(filter(None, (read_pace(log) for log in logs if log)), counts["pending"])
+    if known:
+        state.unit, state.per_minute, state.seconds_left = known
     if shown is not None and shown[0] != 9:
         _explain(state, run, job, shown[1], queued, submitted, past)
     return state
 
 
 def _task_state(
-    task: int, done: Iterable[int], queued: Mapping[int, slurm.Queued], submitted: Mapping[int, tuple[str, str]]
+    task: int, done: Collection[int], queued: Mapping[int, slurm.Queued], submitted: Mapping[int, tuple[str, str]]
 ) -> str:
     if task in queued:
         return "pending" if queued[task].state == "PENDING" else "running"
@@ -173,23 +190,29 @@ def _explain(
         state.reason = ": ".join(part for part in parts if part) or left_nothing
     if ended:
         state.attempt = int(ended.get("attempt") or 0)
-    name = f"{job.name}-{task:05d}" if job.num_tasks else job.name
-    logs = sorted((run / "logs" / name).glob("job-*/rank-0.log"), key=lambda path: path.stat().st_mtime)
-    if logs:
-        state.log = str(logs[-1])
-        attempt = logs[-1].parent.name.rpartition("-")[2]
+    log = _last_log(run, job, task)
+    if log is not None:
+        state.log = str(log)
+        attempt = log.parent.name.rpartition("-")[2]
         state.attempt = max(state.attempt or 0, int(attempt) if attempt.isdigit() else 0)
-        split = logs[-1].with_name("parts")  # of a job whose nodes do different work
+        split = log.with_name("parts")  # of a job whose nodes do different work
         if task in queued and state.reason is None and split.is_file():
             state.reason = split.read_text().strip()
 
 
-def print_states(states: list[JobState]) -> None:
-    """A table, and what to open."""
+def _last_log(run: Path, job: Job, task: int) -> Path | None:
+    """Rank 0's log of a task's last attempt."""
+    name = f"{job.name}-{task:05d}" if job.num_tasks else job.name
+    logs = (run / "logs" / name).glob("job-*/rank-0.log")
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def print_states(states: list[JobState], excluded: Mapping[str, str]) -> None:
+    """A table, what to open, and the bad nodes that the run keeps off, with why."""
     table = Table(box=None, pad_edge=False)
     for title in ("job", "state", "tasks"):
         table.add_column(title)
-    for title in ("attempt", "left"):
+    for title in ("attempt", "rate", "done in", "limit in"):
         table.add_column(title, justify="right")
     table.add_column("nodes")
     table.add_column("reason", overflow="fold")
@@ -197,12 +220,17 @@ def print_states(states: list[JobState]) -> None:
         tasks = ", ".join(f"{count} {name}" for name, count in state.counts.items()) if state.num_tasks > 1 else ""
         nodes = ",".join(state.nodes[:4]) + (", ..." if len(state.nodes) > 4 else "")
         attempt = "" if state.attempt is None else str(state.attempt)
-        table.add_row(state.job, state.state, tasks, attempt, state.left or "", nodes, state.reason or "")
+        rate = f"{state.per_minute:.1f} {state.unit}/min" if state.per_minute is not None else ""
+        finish = format_seconds(state.seconds_left) if state.seconds_left is not None else ""
+        limit = state.left or ""
+        table.add_row(state.job, state.state, tasks, attempt, rate, finish, limit, nodes, state.reason or "")
     console = Console()
     console.print(table)
     for state in states:
         if state.state in ("failed", "running") and state.log:
             console.print(f"{state.job}: {state.log}", soft_wrap=True, highlight=False)
+    for node, why in excluded.items():
+        console.print(f"excluded {node}: {why}", soft_wrap=True, highlight=False, markup=False)
     if any(state.counts.get("failed") for state in states):
         console.print("`astro-hpc launch` again submits what failed, and nothing that is queued or running")
 

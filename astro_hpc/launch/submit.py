@@ -111,8 +111,9 @@ def launch(
         steps = plan(jobs, chosen, fresh_tasks(run, jobs, done), live, size)
         frozen, contents = _what_to_freeze(cfg, run)
         place = Place(run, frozen, (workdir or Path.cwd()).absolute(), run_key(run))
+        keeping_off = cluster.model_copy(update={"exclude": [*cluster.exclude, *bad_nodes(run)]})
         texts = {
-            (job.name, offset): render(job, cluster, place, offset, len(tasks))
+            (job.name, offset): render(job, keeping_off, place, offset, len(tasks))
             for job in chosen
             for offset, tasks in chunks(job.tasks, size)
         }
@@ -184,6 +185,15 @@ def sbatch_file(run: Path, name: str, offset: int = 0) -> Path:
 def run_key(run: Path) -> str:
     """What names a run in Slurm's comments: its folder's name and a hash of its path, links followed."""
     return f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
+
+
+def bad_nodes(run: Path) -> dict[str, str]:
+    """Why, by node: what the run's jobs put into RUN/jobs/exclude. Remove a line there when its node is mended."""
+    try:
+        lines = (run / "jobs" / "exclude").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {node: reason for node, _, reason in (line.partition(" ") for line in lines) if node}
 
 
 def live_jobs(run: Path) -> dict[str, list[LiveJob]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,27 @@ from astro_hpc.config.base import ConfigError
 
 _WHOLE_FILE_BYTES = 512 << 20
 _SAMPLE_BYTES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class InUse(ConfigError):
+    """Another process has what this one needs; it passes when that one ends."""
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a full disk, a quota or a file-size limit is behind `error`.
+
+    Libraries that write in native code or in processes of their own keep no errno: of those the text is looked at.
+    """
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _NO_ROOM:
+            return True
+        if any(text in str(seen) for text in texts):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def fsync_dir(path: Path) -> None:
@@ -179,11 +201,15 @@ class Lock:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             owner = os.read(self._descriptor, 200).decode(errors="replace").strip()
             os.close(self._descriptor)
             self._descriptor = None
-            raise ConfigError(f"{self._what}: in use by {owner or 'another process'}; wait for it or stop it") from None
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    f"{self.path}: can't be locked ({error.strerror}); use a file system that can"
+                ) from None
+            raise InUse(f"{self._what}: in use by {owner or 'another process'}; wait for it or stop it") from None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         return self

@@ -8,6 +8,8 @@ import signal
 import sys
 
 EXIT_USAGE, EXIT_CHECKPOINTED = 2, 75
+EXIT_BAD_NODE, EXIT_IN_USE, EXIT_NO_ROOM = 71, 73, 74
+"""The node is at fault; another process has the stage; the disk is full. Each passes elsewhere or later by itself."""
 _PR_SET_PDEATHSIG = 1
 
 

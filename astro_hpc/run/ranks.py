@@ -17,7 +17,7 @@ from typing import Any
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.run.files import write_json_atomic
-from astro_hpc.run.process import EXIT_CHECKPOINTED, EXIT_USAGE
+from astro_hpc.run.process import EXIT_CHECKPOINTED, EXIT_NO_ROOM, EXIT_USAGE
 
 LISTEN_FD = "ASTRO_HPC_LISTEN_FD"
 """The variable that names rank 0's listening socket, opened by whoever started the ranks: no port can be lost."""
@@ -27,7 +27,15 @@ _TAIL_BYTES = 6000
 
 
 class RankFailed(Exception):
-    """A rank ended in a way that is not the user's error; the message names it and its log."""
+    """A rank ended in a way that is not the user's error; the message names it and its log.
+
+    Attributes:
+        exit_code: what the command ends with; the rank's own where that says that it passes by itself.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -214,7 +222,8 @@ def _raise_failure(codes: Sequence[int | None], log_dir: Path) -> None:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if -code == signal.SIGKILL:
         how += " (out of memory?)"
-    raise RankFailed(f"rank {first} of {len(codes)} {how}; its log: {log}")
+    exit_code = EXIT_NO_ROOM if EXIT_NO_ROOM in codes else 1
+    raise RankFailed(f"rank {first} of {len(codes)} {how}; its log: {log}", exit_code)
 
 
 def _tail(log: Path) -> str:
