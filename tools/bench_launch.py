@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A large search array on the Slurm sandbox: how long launch takes, and whether every shard arrives.
+"""A large search array on the Slurm sandbox, run to its end and gathered: how long launch takes, what a shard costs.
 
     python tools/bench_launch.py --shards 1000
 
@@ -25,6 +25,7 @@ from slurm_sandbox import Sandbox
 from astro_hpc.run.files import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBLEMS_PER_SHARD = 2
 
 
 def main() -> int:
@@ -44,14 +45,23 @@ def main() -> int:
         finally:
             sandbox.down()
     print(json.dumps(figures) if arguments.json else "\n".join(f"{key}: {value}" for key, value in figures.items()))
-    return 0 if figures["shards_done"] == arguments.shards and figures["gathered"] and not figures["twice"] else 1
+    return 0 if all_arrived(figures) else 1
+
+
+def all_arrived(figures: dict[str, object]) -> bool:
+    """Whether no shard and no tree was lost, none came twice, and the gathering found them all."""
+    shards = figures["shards"]
+    lost = figures["shards_done"] != shards or figures["trees"] != figures["problems"] or figures["left_in_queue"]
+    return not lost and not figures["twice"] and bool(figures["gathered"])
 
 
 def write_run(folder: Path, shards: int, at_once: int) -> None:
-    """A configuration with about two problems a shard, and the sandbox's cluster file."""
+    """A configuration with two problems a shard on average (some have none), and the sandbox's cluster file."""
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
-    rows = [{"problem": f"What is {n} + {n % 7}?", "answer": str(n + n % 7)} for n in range(2 * shards)]
+    rows = [
+        {"problem": f"What is {n} + {n % 7}?", "answer": str(n + n % 7)} for n in range(PROBLEMS_PER_SHARD * shards)
+    ]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {
         "name": "bench",
@@ -68,14 +78,16 @@ def write_run(folder: Path, shards: int, at_once: int) -> None:
 
 
 def measure(sandbox: Sandbox, folder: Path, shards: int, timeout: float) -> dict[str, object]:
-    """Launch, wait until nothing is queued, and count."""
+    """Launch, wait until nothing of it is queued, and count."""
     environment = {**os.environ, **sandbox.env, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "astro_hpc", "launch", "run.yaml", "--cluster", "cluster.yaml"]
     started = time.monotonic()
     subprocess.run([*command, "--stages", "search,gather"], cwd=folder, env=environment, check=True)
     launched = time.monotonic() - started
-    while sandbox.run("squeue", "-h") and time.monotonic() - started < timeout:
+    queue = ["squeue", "-h", "--name", "bench.search,bench.gather"]
+    while (queued := sandbox.run(*queue)) and time.monotonic() - started < timeout:
         time.sleep(1)
+    total = time.monotonic() - started
     run = folder / "runs" / "bench"
     trees = collections.Counter(
         tree["problem"]["id"] for path in run.glob("search/shard-*/trees.jsonl") for tree in Journal.read(path)
@@ -84,8 +96,11 @@ def measure(sandbox: Sandbox, folder: Path, shards: int, timeout: float) -> dict
     return {
         "shards": shards,
         "launch_seconds": round(launched, 2),
-        "total_seconds": round(time.monotonic() - started, 1),
+        "total_seconds": round(total, 1),
+        "seconds_per_shard": round((total - launched) / shards, 2),
         "shards_done": len(list(run.glob("search/shard-*/manifest.json"))),
+        "left_in_queue": len(queued.splitlines()),
+        "problems": PROBLEMS_PER_SHARD * shards,
         "trees": len(trees),
         "twice": sum(count > 1 for count in trees.values()),
         "gathered": report.exists() and json.loads(report.read_text())["complete"],
