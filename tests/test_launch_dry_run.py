@@ -88,6 +88,15 @@ def test_the_local_cluster_writes_one_script(tmp_path):
     stages = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("do_stage ")]
     assert stages == ["warmup", "search", "search", "clone", "sft", "select", "rl", "eval", "report"]
 
+    (tmp_path / "c.yaml").write_text("{executor: local, gpus_per_node: 0, stages: {select: {shards: 2}}}")
+    assert launch(arguments[0], "--cluster", tmp_path / "c.yaml", "--dry-run", f"runs_dir={tmp_path}").returncode == 0
+    selects = [line for line in script.read_text().splitlines() if line.startswith("do_stage select ")]
+    assert selects == [
+        'do_stage select "$CONFIG" --arm astro --shard 0 --num-shards 2',
+        'do_stage select "$CONFIG" --arm astro --shard 1 --num-shards 2',
+        'do_stage select "$CONFIG" --arm astro --gather',
+    ]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -150,7 +159,7 @@ def test_without_slurm_a_real_launch_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "stage", "configured"),
-    [("search", "search", 4), ("clone", "clone", 1), ("select-shards/astro", "select", 1), ("eval-shards", "eval", 1)],
+    [("search", "search", 4), ("clone", "clone", 2), ("select-shards/astro", "select", 2), ("eval-shards", "eval", 2)],
 )
 def test_another_number_of_shards_than_begun_is_refused(folder, stage, configured, tmp_path):
     (tmp_path / "demo" / folder / "shard-00001-of-00007").mkdir(parents=True)

@@ -88,7 +88,7 @@ def test_selection_in_shards_is_the_selection(cfg: RunConfig, num_shards: int) -
     assert num_shards == 2 or 0 in sizes, "a shard may be empty"
 
 
-@pytest.mark.parametrize("num_shards", [2, 11])
+@pytest.mark.parametrize("num_shards", [11])
 def test_evaluation_in_shards_is_the_evaluation(cfg: RunConfig, num_shards: int) -> None:
     run_stage(cfg, pipeline.evaluate(cfg))
     sharded = elsewhere(cfg)
@@ -101,7 +101,7 @@ def test_evaluation_in_shards_is_the_evaluation(cfg: RunConfig, num_shards: int)
     assert counts(sharded, "eval") == counts(cfg, "eval")
     tokens = [counts(sharded, str(folder))["tokens"] for folder in shard_folders(sharded, "eval-shards")]
     assert sum(tokens) == counts(cfg, "eval")["tokens"]
-    assert num_shards == 2 or 0 in tokens, "a shard may be empty"
+    assert 0 in tokens, "a shard may be empty"
 
 
 def test_a_stopped_shard_goes_on_and_samples_nothing_twice(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
