@@ -77,7 +77,7 @@ class Run:
         (self.folder / "cluster.yaml").write_text(text)
 
     def command(self, *arguments: object, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, **(self.slurm.env if self.slurm else {}), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **(self.slurm.env if self.slurm else {}), "PYTHONPATH": f"{ROOT}:{self.folder}"}
         command = [sys.executable, "-m", "astro_hpc", *map(str, arguments)]
         return subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
