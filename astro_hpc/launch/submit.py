@@ -249,12 +249,13 @@ def _refuse_what_slurm_would(steps: Plan, texts: Mapping[tuple[str, int], str], 
         partition = step.job.resources.partition
         if partition is not None and not set(partition.split(",")) <= set(known):
             raise ConfigError(f"partition {partition!r}: the cluster has {', '.join(known)}; mend the cluster file")
-    tried: dict[str, str | None] = {}
+    tried: set[tuple[str, bool]] = set()
     for step in steps.submissions:
-        if step.job.stage in tried:
+        kind = step.job.stage, step.job.num_tasks is None  # a stage's shards, and the gathering of them
+        if kind in tried:
             continue
-        tried[step.job.stage] = reason = slurm.would_take(texts[step.job.name, step.offset])
-        if reason:
+        tried.add(kind)
+        if reason := slurm.would_take(texts[step.job.name, step.offset]):
             asked = step.job.resources
             raise ConfigError(
                 f"{step.job.name}: Slurm refuses it ({reason}); it asks for {asked.nodes} nodes, {asked.gpus_per_node} "
