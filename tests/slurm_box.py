@@ -65,6 +65,7 @@ class Run:
             "inference": {"engine": "scripted", "max_model_len": 1024},
             "search": {"num_iterations": 4, "num_expansions": 4, "num_rollouts": 4, "keep_rollouts": True},
             "clone": {"self_evaluation_samples": 0},
+            "rl": {"max_response_tokens": 256},
             **settings,
         }
         (folder / "run.yaml").write_text(json.dumps(values))
