@@ -42,9 +42,9 @@ def test_the_graph_runs_in_order_and_launching_again_submits_nothing(slurm, tmp_
     assert manifest["commit"] == next(run.dir.glob("jobs/frozen-*/COMMIT")).read_text().strip()
 
 
-def test_a_lost_shard_alone_is_submitted_again_and_by_hand_too(slurm, tmp_path):
+def test_a_lost_shard_alone_is_submitted_again_with_what_was_made_from_it_and_by_hand_too(slurm, tmp_path):
     run = Run(slurm, tmp_path)
-    run.launch("--stages", "search")
+    run.launch("--stages", "search,gather")
     run.wait()
     whole = {path: path.stat().st_mtime_ns for path in run.dir.glob("search/shard-*/manifest.json")}
     assert len(whole) == 4, run.logs()
@@ -52,10 +52,13 @@ def test_a_lost_shard_alone_is_submitted_again_and_by_hand_too(slurm, tmp_path):
     (lost / "manifest.json").unlink()
     (lost / "trees.jsonl").unlink()
     assert run.status()["search"]["counts"] == {"done": 3, "failed": 1}
-    [again] = run.launch("--stages", "search")
-    assert again["tasks"] == 1
+    again = run.launch("--stages", "search,gather")
+    assert [(row["job"], row["tasks"]) for row in again] == [("search", 1), ("gather", 1)]
     run.wait()
     assert len(run.trees()) == 24, run.logs()
+    gathered = (run.dir / "search" / "gather.json").stat().st_mtime_ns
+    assert gathered > (lost / "manifest.json").stat().st_mtime_ns, "it waited for the shard"
+    assert run.launch("--stages", "search,gather") == []
     assert sum(path.stat().st_mtime_ns == whole[path] for path in whole) == 3
 
     (lost / "manifest.json").unlink()
