@@ -296,7 +296,7 @@ def launch(
 
 @app.command()
 def cancel(run: RunFolder) -> None:
-    """Cancel everything that Slurm has of a run, queued and running; what is finished stays."""
+    """Cancel everything that Slurm, or a local launch, has of a run, queued and running; what is finished stays."""
     from astro_hpc.launch.status import cancel_run
 
     ids = cancel_run(_run_config(run).run_dir)

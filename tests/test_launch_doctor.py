@@ -14,6 +14,8 @@ from astro_hpc.cli import app
 from astro_hpc.config.schema import JsonlSource, ProblemsConfig, RunConfig, SignsSource
 from astro_hpc.launch import checks, doctor, run_checks
 from astro_hpc.launch.checks import Check
+from astro_hpc.launch.cluster import ClusterConfig
+from astro_hpc.launch.cluster_checks import cluster_checks, file_system_of, preemption
 from astro_hpc.model.libraries import Chip, Library, Machine
 
 H100 = Chip("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30)
@@ -147,3 +149,80 @@ def test_sources_without_files_need_none(model: Path, tmp_path: Path) -> None:
     problems = ProblemsConfig(train=[JsonlSource(type="jsonl", path=there), SignsSource(count=1)])
     (found,) = run_checks.inputs(cfg.model_copy(update={"problems": problems}))
     assert found.status == "pass"
+
+
+def test_problem_folders_parquet_and_rl_settings_are_looked_at(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    train = [{"type": "jsonl", "path": str(tmp_path / "folder")}, {"type": "parquet", "path": str(tmp_path / "no.pq")}]
+    cfg = config(model, tmp_path, problems={"train": train}, rl={"temperature": 0.7})
+    (found,) = run_checks.inputs(cfg)
+    assert (found.status, found.found) == ("fail", f"missing: {tmp_path / 'no.pq'}")
+    (found,) = run_checks.reinforcement(cfg)
+    assert found.status == "fail"
+    assert found.found.startswith("rl.temperature=0.7")
+    train = [{"type": "jsonl", "path": str(tmp_path / "folder")}, {"type": "huggingface", "path": "org/math"}]
+    there, hub = run_checks.inputs(config(model, tmp_path, problems={"train": train}))
+    assert (there.status, hub.status) == ("pass", "warn")
+
+
+# --- clusters -------------------------------------------------------------------------------------------------
+
+
+def cluster(**values: Any) -> ClusterConfig:
+    return ClusterConfig.model_validate({"gpus_per_node": 0, "memory": None, "exclusive": False, **values})
+
+
+def test_a_cluster_that_fits_its_file(slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    rows = list(cluster_checks(cluster(partition="batch"), tmp_path / "runs"))
+    assert [found for found in rows if found.status == "fail"] == []
+    for name, status, text in (
+        ("Slurm commands", "pass", "Slurm 2"),
+        ("accounting", "warn", "none"),
+        ("MaxArraySize", "pass", "1001"),
+        ("JobRequeue", "pass", "1"),
+        ("PreemptMode", "pass", "REQUEUE"),
+        ("jobs", "pass", "batch, urgent"),
+    ):
+        found = row(rows, name)
+        assert found.status == status
+        assert text in found.found
+
+
+def test_what_a_cluster_lacks_fails_with_its_remedy(
+    slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    bad = cluster(
+        max_array_size=5000,
+        signal_seconds=600,
+        container={"runtime": "pyxis", "image": "/nowhere/image.sqsh"},
+        stages={"sft": {"nodes": 9}, "eval": {"partition": "gpu"}, "search": {"time": "00:10:00"}},
+    )
+    failed = {found.name: found for found in cluster_checks(bad, tmp_path) if found.status == "fail"}
+    names = {"MaxArraySize", "time of search", "jobs of sft", "jobs of eval", "pyxis", "container image"}
+    assert set(failed) == names
+    assert failed["MaxArraySize"].remedy == "set max_array_size to 1001, or remove it"
+    assert "no partition gpu; there are batch, urgent" in failed["jobs of eval"].found
+    assert all(found.remedy for found in failed.values())
+
+
+def test_without_a_controller_the_doctor_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (found,) = cluster_checks(cluster(), tmp_path)
+    assert found.status == "fail"
+    assert "sbatch, squeue" in found.found
+    (found,) = cluster_checks(cluster(executor="local"), tmp_path)
+    assert found.status == "pass"
+
+
+def test_file_systems_and_preemption(tmp_path: Path) -> None:
+    mounts = "/dev/vda / ext4 rw 0 0\nserver:/x /shared nfs4 rw 0 0\n/dev/vdb /shared2 xfs rw 0 0\n"
+    assert file_system_of(Path("/shared/runs"), mounts) == ("nfs4", "/shared")
+    assert file_system_of(Path("/shared2"), mounts) == ("xfs", "/shared2")
+    assert file_system_of(Path("/home"), mounts) == ("ext4", "/")
+    mode, notice = preemption({"PreemptMode": "CANCEL", "PreemptType": "preempt/qos", "KillWait": "30 sec"})
+    assert (mode.status, notice.status) == ("warn", "warn")
+    assert "launch again" in mode.remedy
+    (mode,) = preemption({"PreemptMode": "OFF", "PreemptType": "preempt/none"})
+    assert mode.status == "pass"

@@ -19,6 +19,7 @@ from astro_hpc.config import ConfigError, RunConfig
 from astro_hpc.launch import checks, run_checks
 from astro_hpc.launch.checks import Check
 from astro_hpc.launch.cluster import ClusterConfig
+from astro_hpc.launch.cluster_checks import cluster_checks
 from astro_hpc.launch.node import NodeLimits, check_node, print_reports
 from astro_hpc.model.libraries import this_machine
 from astro_hpc.run.process import EXIT_BAD_NODE
@@ -26,7 +27,9 @@ from astro_hpc.run.process import EXIT_BAD_NODE
 
 def examine(cfg: RunConfig | None, cluster: ClusterConfig | None = None) -> list[Check]:
     """All checks, in the order in which their remedies are best taken."""
-    rows = [*checks.python_version(), *checks.torch_build()]
+    folder = cfg.runs_dir if cfg is not None else Path.cwd()
+    rows = [*cluster_checks(cluster, folder)] if cluster is not None else []
+    rows += [*checks.python_version(), *checks.torch_build()]
     if importlib.util.find_spec("torch") is None:
         return rows  # nothing below can be asked without it
     machine = this_machine()
@@ -36,7 +39,7 @@ def examine(cfg: RunConfig | None, cluster: ClusterConfig | None = None) -> list
     if cfg is not None:
         model = run_checks.Model(cfg)
         shape = model.shape
-        rows += [*model.rows, *run_checks.inputs(cfg)]
+        rows += [*model.rows, *run_checks.inputs(cfg), *run_checks.reinforcement(cfg)]
         rows += [*run_checks.parallel_sizes(cfg, machine, shape), *run_checks.arithmetic(cfg, machine, shape)]
     return [*rows, *run_checks.memory(cfg, machine, shape), *run_checks.disk(cfg, shape)]
 

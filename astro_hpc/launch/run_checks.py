@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from astro_hpc.config import ConfigError, RunConfig
+from astro_hpc.config.schema import HuggingFaceSource
 from astro_hpc.launch.checks import GB, Check
 from astro_hpc.model.libraries import Machine, installed_version, parse_version
 from astro_hpc.model.llama import LlamaShape
+from astro_hpc.problems.row_files import local_path
 
 # --- the configuration ----------------------------------------------------------------------------------------
 
@@ -59,14 +61,36 @@ def _weights(folder: Path, shape: LlamaShape) -> Iterator[Check]:
 
 
 def inputs(cfg: RunConfig) -> Iterator[Check]:
-    """The files of problems."""
+    """The files and folders of problems; what comes from the hub is named, for nodes may not reach it."""
     sources = [*cfg.problems.train, *cfg.eval.benchmarks.values(), *(cfg.select.problems or [])]
-    paths = [source.path for source in sources if source.type == "jsonl"]
-    gone = [str(path) for path in dict.fromkeys(paths) if not path.is_file()]
+    sources += [cfg.rl.validation.problems] if cfg.rl.validation is not None else []
+    paths = {path for source in sources if (path := local_path(source)) is not None}
+    gone = sorted(str(path) for path in paths if not path.exists())
+    hub = {source.path for source in sources if isinstance(source, HuggingFaceSource) and local_path(source) is None}
     if gone:
         yield Check("problems", "fail", f"missing: {', '.join(gone)}", "put the files there or mend the paths")
     elif paths:
-        yield Check("problems", "pass", f"{len(set(paths))} files")
+        yield Check("problems", "pass", f"{len(paths)} files or folders")
+    if hub and importlib.util.find_spec("datasets") is None:
+        yield Check(
+            "hub data", "fail", f"{', '.join(sorted(hub))}: datasets is missing", "pip install 'astro-hpc[data]'"
+        )
+    elif hub:
+        found = f"{', '.join(sorted(hub))}: not looked at"
+        yield Check("hub data", "warn", found, "load it once where there is a network; nodes may have none")
+
+
+def reinforcement(cfg: RunConfig) -> Iterator[Check]:
+    """Settings of RL that would be refused days later, when the run comes to it."""
+    from astro_hpc.rl.checks import check_settings
+
+    try:
+        check_settings(cfg)
+    except ConfigError as error:
+        found, _, remedy = str(error).partition("; ")
+        yield Check("rl", "fail", found, remedy or "change the setting")
+    else:
+        yield Check("rl", "pass", f"{cfg.rl.num_steps} steps of {cfg.rl.prompts_per_step} x {cfg.rl.group_size}")
 
 
 def parallel_sizes(cfg: RunConfig, machine: Machine, shape: LlamaShape | None) -> Iterator[Check]:

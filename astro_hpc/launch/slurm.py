@@ -106,6 +106,11 @@ def partitions() -> list[str]:
     return sorted({line.rstrip("*") for line in run(["sinfo", "--noheader", "--format", "%P"]).split()})
 
 
+def srun_help() -> str:
+    """Options that srun knows here, those of plug-ins among them."""
+    return _run(["srun", "--help"]).stdout
+
+
 def past_states(job_ids: Sequence[str]) -> dict[str, str]:
     """State by task id (`12`, or `12_3` of an array) of jobs that left the queue; empty without accounting.
 

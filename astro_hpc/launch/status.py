@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch import slurm
 from astro_hpc.launch.cluster import load_cluster
 from astro_hpc.launch.graph import Job, build_graph, from_ranges
+from astro_hpc.launch.local import cancel_here, planned_here, queue_here
 from astro_hpc.launch.pace import read_pace, together
 from astro_hpc.launch.render import parse_comment
 from astro_hpc.launch.submit import SUBMITTED, run_key, tasks_done
@@ -78,32 +80,44 @@ def is_launched(run: Path) -> bool:
 def job_states(cfg: RunConfig) -> list[JobState]:
     """Every job of a launched run.
 
-    Asks squeue once, and sacct once where there is accounting; works without Slurm too, from what the jobs left.
+    Asks squeue once, and sacct once where there is accounting and something left the queue without results; works
+    without Slurm too, from what the jobs left.
     """
     run = cfg.run_dir.absolute()
-    jobs = build_graph(cfg, load_cluster(run / "jobs" / "cluster.yaml"))
-    queued: dict[str, dict[int, slurm.Queued]] = {}
-    if slurm.is_available():
-        try:
-            for each in slurm.queue():
-                known = parse_comment(each.comment, run_key(run))
-                if known:
-                    queued.setdefault(known[0], {}).update({known[1] + index: each for index in each.indices})
-        except ConfigError:
-            pass  # no controller answers: then what lies in the run folder is all that is known
-    submitted = last_submissions(run)
+    cluster = load_cluster(run / "jobs" / "cluster.yaml")
+    jobs = build_graph(cfg, cluster)
     done = {job.name: tasks_done(run, job) for job in jobs}
-    gone = {
-        job_id
-        for job in jobs
-        for task, (job_id, _) in submitted.get(job.name, {}).items()
-        if task not in queued.get(job.name, {}) and task not in done[job.name]
-    }
-    past = slurm.past_states(sorted(gone, key=int)) if slurm.is_available() else {}
+    past: dict[str, str] = {}
+    if cluster.executor == "local":
+        planned = planned_here(run)
+        submitted = {name: dict.fromkeys(tasks, ("local", "local")) for name, tasks in planned.items()}
+        pending = {job.name: {*planned.get(job.name, ())} - done[job.name] for job in jobs}
+        queued = queue_here(run, jobs, pending)
+    else:
+        queued, submitted = _queue_of(run), last_submissions(run)
+        gone = {
+            job_id
+            for job in jobs
+            for task, (job_id, _) in submitted.get(job.name, {}).items()
+            if task not in queued.get(job.name, {}) and task not in done[job.name]
+        }
+        past = slurm.past_states(sorted(gone, key=int)) if slurm.is_available() else {}
     return [
         _job_state(run, job, done[job.name], queued.get(job.name, {}), submitted.get(job.name, {}), past)
         for job in jobs
     ]
+
+
+def _queue_of(run: Path) -> dict[str, dict[int, slurm.Queued]]:
+    """What Slurm has of a run, by job and task; nothing where none is, or no controller answers."""
+    queued: dict[str, dict[int, slurm.Queued]] = {}
+    if slurm.is_available():
+        with contextlib.suppress(ConfigError):
+            for each in slurm.queue():
+                known = parse_comment(each.comment, run_key(run))
+                if known:
+                    queued.setdefault(known[0], {}).update({known[1] + index: each for index in each.indices})
+    return queued
 
 
 def last_submissions(run: Path) -> dict[str, dict[int, tuple[str, str]]]:
@@ -236,7 +250,9 @@ def print_states(states: list[JobState], excluded: Mapping[str, str]) -> None:
 
 
 def cancel_run(run: Path) -> list[str]:
-    """Cancel whatever Slurm has of a run; the ids."""
+    """Cancel whatever Slurm, or this machine's local launch, has of a run; the ids."""
+    if is_launched(run) and load_cluster(run / "jobs" / "cluster.yaml").executor == "local":
+        return cancel_here(run.absolute())
     ids = sorted({each.array_id for each in slurm.queue() if parse_comment(each.comment, run_key(run.absolute()))})
     if ids:
         slurm.cancel(ids)
