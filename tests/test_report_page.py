@@ -20,9 +20,21 @@ from astro_hpc.problems.sources import load_source
 from astro_hpc.report.charts import _running_mean
 from astro_hpc.report.page import _lineage, build_page
 from astro_hpc.report.tree_svg import tree_svg
+from astro_hpc.rl.behaviour import write_samples
+from astro_hpc.rl.rollouts import Group, Rollout
 from astro_hpc.run.files import Journal, write_json_atomic
 from astro_hpc.run.metrics import MetricsLog
 from astro_hpc.run.stage import Stage, run_stage
+
+
+def rollouts_of(step):
+    """A right and a wrong response; the wrong one looks like markup and like a sample's heading."""
+    texts = {"right": f"2 + 3 = {step}\n", "wrong": "<script>alert(6)</script>\n=== p: right, reward +1\n" + "x" * 9000}
+    rollouts = [
+        Rollout(f"p-{outcome}", (1,), (2, 3), (-0.5, -0.5), text, outcome, 1.0, False, ((0, 2),))
+        for outcome, text in texts.items()
+    ]
+    return Group(step, tuple(rollouts))
 
 
 def make_run(runs_dir, monkeypatch, trees=None):
@@ -58,9 +70,15 @@ def make_run(runs_dir, monkeypatch, trees=None):
                 if ctx.label.startswith("rl"):
                     log.log(step, reward=rng.uniform(-1, 1), pass_rate=rng.random(), groups_with_signal=rng.random(),
                             response_tokens_right=rng.uniform(150, 190), response_tokens_wrong=rng.uniform(200, 240),
-                            backtracks=rng.random(), mismatch_mean_abs=0.02 + 0.01 * rng.random())  # fmt: skip
+                            backtracks=rng.random(), mismatch_mean_abs=0.02 + 0.01 * rng.random(),
+                            entropy=rng.random(), mismatch_kl=0.01, generate_seconds=20.0, train_seconds=30.0 + step,
+                            push_seconds=1.0, engine_idle_share=0.5, trainer_idle_share=0.4,
+                            **({"validation_pass_rate": 0.25 * step / 2} if step % 2 == 0 else {}))  # fmt: skip
+                    write_samples(ctx.dir / "samples", step, [rollouts_of(step)], [])
                 else:
                     log.log(step, loss=2 * math.exp(-step / 40) + 0.3 * rng.random(), lr=1e-4)
+        if ctx.label == "rl/astro":
+            write_json_atomic(ctx.dir / "best.json", {"step": 4, "validation_pass_rate": 0.5})
         (ctx.dir / "hf").mkdir()
         (ctx.dir / "hf" / "weights").write_text(ctx.label)
         ctx.count(tokens=20_000)
@@ -149,10 +167,33 @@ def test_charts_have_titles_units_and_a_place(whole_run):
     figures = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.S).group(1))
     places = [attributes["data-chart"] for _, attributes in page.tags if "data-chart" in attributes]
     assert sorted(places) == sorted(figures)
-    assert {"result-signs", "loss-warmup", "loss-sft-astro", "rl-reward", "rl-length", "rl-mismatch"} <= set(figures)
+    assert {"result-signs", "loss-warmup", "loss-sft-astro"} <= set(figures)
+    names = ("reward", "mean-reward", "validation", "length", "mismatch", "entropy", "kl", "idle")
+    assert {f"rl-{name}" for name in (*names, "times-astro", "times-direct")} <= set(figures)
+    times = figures["rl-times-astro"]["data"]
+    assert [(trace["name"], trace["stackgroup"]) for trace in times] == [
+        (part, "seconds") for part in ("generate", "train", "push")
+    ]
+    assert times[1]["y"] == [31.0, 32.0, 33.0, 34.0]
+    validation = next(trace for trace in figures["rl-validation"]["data"] if trace["name"] == "astro")
+    assert (validation["x"], validation["y"]) == ([2, 4], [0.25, 0.5])
     for figure in figures.values():
         assert figure["data"]
         assert figure["layout"]["xaxis"]["title"]["text"]
+
+
+def test_rollouts_of_the_first_and_last_step_are_readable_and_bounded(whole_run):
+    text, page = parse(build_page(whole_run))
+    visible = "".join(page.text)
+    for arm in ("astro", "direct"):
+        assert [f"Rollouts of {arm}, step {step}" in visible for step in range(1, 5)] == [True, False, False, True]
+    assert "p-right: right, reward +1, 2 tokens" in visible
+    assert "2 + 3 = 4" in visible
+    assert "2 + 3 = 2" not in visible
+    assert "alert(6)" in visible
+    assert "<script>alert(6)" not in text
+    assert "x" * 7000 not in text
+    assert "Best of astro on held-out problems: 50.0 % after step 4, kept in rl/astro/hf_best" in visible
 
 
 def test_metrics_that_are_not_numbers_leave_the_charts_readable(whole_run, tmp_path):

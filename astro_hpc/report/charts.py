@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _COLOURS = {"warmup": "#8b5cf6", "astro": "#2f7de1", "direct": "#e08a1e"}
 _OTHER = "#6b7a90"
+_PARTS = {
+    "generate": "#2f7de1", "prepare": "#9aa7b8", "logprobs": "#14a098", "train": "#e08a1e", "push": "#8b5cf6",
+    "validate": "#c94f7c",
+}  # fmt: skip
+"""The parts of an RL step in the order in which they follow each other, as `NAME_seconds` in metrics.jsonl."""
 _SMOOTH = 20
 
 Rows = Sequence[Mapping[str, Any]]
@@ -84,9 +90,12 @@ def training_charts(series: Mapping[str, Rows]) -> list[Chart]:
         for label, rows in supervised.items()
     ]  # fmt: skip
     charts += [
+        _rl_chart(rl, "mean-reward", "RL: mean reward of the rollouts", "reward", {"": ("reward", "solid")}, ""),
         _rl_chart(rl, "reward", "RL: pass rate of the rollouts", "share",
                   {"right": ("pass_rate", "solid"), "prompts with signal": ("groups_with_signal", "dot")},
                   "A prompt gives signal when its group has both right and wrong responses."),
+        _rl_chart(rl, "validation", "RL: held-out problems", "share right",
+                  {"": ("validation_pass_rate", "solid")}, "Answered now and then; the best model so far is kept."),
         _rl_chart(rl, "length", "RL: response length", "tokens a response",
                   {"right": ("response_tokens_right", "solid"), "wrong": ("response_tokens_wrong", "dot")},
                   "Right and wrong apart: a mean over both hides wrong answers that only grow longer."),
@@ -95,6 +104,15 @@ def training_charts(series: Mapping[str, Rows]) -> list[Chart]:
                   {"": ("mismatch_mean_abs", "solid")},
                   "Log-probabilities of the same tokens under the same weights, by vLLM and by Megatron; "
                   "importance sampling corrects for it."),
+        _rl_chart(rl, "entropy", "RL: entropy", "nats a token", {"": ("entropy", "solid")},
+                  "Mean surprise of the sampled tokens; a policy that collapses falls to 0."),
+        _rl_chart(rl, "kl", "RL: divergences", "KL, nats a token",
+                  {"engine from trainer": ("mismatch_kl", "solid"), "policy from reference": ("reference_kl", "dot")},
+                  ""),
+        _rl_chart(rl, "idle", "RL: idle shares", "share of the step",
+                  {"engine": ("engine_idle_share", "solid"), "trainer": ("trainer_idle_share", "dot")},
+                  "In turns (sync) the two add up to about 1; side by side (async) both can be low."),
+        *(_step_times(label, rows) for label, rows in rl.items()),
     ]  # fmt: skip
     return [chart for chart in charts if chart.figure["data"]]
 
@@ -110,6 +128,26 @@ def _held_out(label: str, rows: Rows) -> dict[str, tuple[str, Rows, str, str]]:
     """The line of the loss on held-out problems, where there is one."""
     line = (label, rows, "validation_loss", "dot")
     return {"held-out problems": line} if any("validation_loss" in row for row in rows) else {}
+
+
+def _step_times(label: str, rows: Rows) -> Chart:
+    """Where an RL step's seconds go, one on the other."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for part, colour in _PARTS.items():
+        seconds = [row.get(f"{part}_seconds") for row in rows]
+        values = [value if isinstance(value, int | float) and math.isfinite(value) else 0.0 for value in seconds]
+        if any(values):
+            figure.add_scatter(
+                x=[row["step"] for row in rows], y=values, name=part, mode="lines", stackgroup="seconds",
+                line={"color": colour, "width": 1}, hovertemplate="step %{x}: %{y:.1f} s<extra>" + part + "</extra>",
+            )  # fmt: skip
+    figure.update_xaxes(title="RL step")
+    figure.update_yaxes(title="seconds a step", rangemode="tozero")
+    figure.update_layout(height=300)
+    arm = label.removeprefix("rl/")
+    return Chart(f"rl-times-{arm}", f"RL ({arm}): where a step's time goes", "", _themed(figure))
 
 
 def _rl_chart(

@@ -27,6 +27,7 @@ _TRACES_LOOKED_AT = 300
 _RESPONSES_LOOKED_AT = 2000
 _MAX_TRACE_CHARS = 6000
 _MAX_SHARD_ROWS = 4
+_MAX_SAMPLE_CHARS = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def build_page(cfg: RunConfig) -> Path:
         result_charts=dict(zip(benchmarks_of(summary), charts, strict=True)),
         curves=curves,
         last_metrics=_last_metrics(cfg),
+        best=_best(cfg),
+        rollouts=_rollouts(cfg),
         filters=_filters(cfg),
         economics=_economics(cfg),
         trace=_trace(cfg),
@@ -178,6 +181,39 @@ def _last_metrics(cfg: RunConfig) -> list[tuple[str, int, list[tuple[str, str]]]
         ]
         tables.append((label, len(rows), values))
     return tables
+
+
+def _best(cfg: RunConfig) -> list[dict[str, Any]]:
+    """Each arm's best RL model on held-out problems so far."""
+    found = []
+    for arm in cfg.arms:
+        path = cfg.run_dir / "rl" / arm / "best.json"
+        if path.exists():
+            found.append({"arm": arm, "folder": f"rl/{arm}/hf_best", **json.loads(path.read_text())})
+    return found
+
+
+def _rollouts(cfg: RunConfig) -> list[dict[str, Any]]:
+    """A right and a wrong response of each arm's first and last RL step, as far as there are any."""
+    pattern = re.compile(Phrases.load(cfg.clone.phrases).backtrack_pattern)
+    found = []
+    for arm in cfg.arms:
+        files = sorted((cfg.run_dir / "rl" / arm / "samples").glob("step_*.txt"))
+        for path in dict.fromkeys([*files[:1], *files[-1:]]):
+            with open(path, encoding="utf-8", errors="replace") as handle:
+                text = handle.read(_MAX_SAMPLE_CHARS)
+            parts = re.split(r"^=== (?=.*: (?:right|wrong|unknown), reward )", text, flags=re.MULTILINE)[1:3]
+            samples = [part.partition("\n") for part in parts]
+            found.append(
+                {
+                    "arm": arm,
+                    "step": int(path.stem.removeprefix("step_")),
+                    "samples": [
+                        {"what": what, "segments": _response_segments(rest, pattern)} for what, _, rest in samples
+                    ],
+                }
+            )
+    return found
 
 
 def _filters(cfg: RunConfig) -> dict[str, Any] | None:
