@@ -141,6 +141,7 @@ def _run(case: Case, folder: Path) -> None:
             tensors |= {f"gradient.{name}": value for name, value in _gradients(trainer)}
         if step + 1 == SAVED_STEP and case.saves:
             trainer.save_checkpoint(folder / "checkpoints" / case.name, step + 1, {"cursor": 17}, asynchronous=True)
+            tensors |= {f"saved.{name}": value.clone() for name, value in trainer.named_hf_tensors()}
     trainer.finish_checkpoint()
     tensors |= {f"weight.{name}": value.clone() for name, value in trainer.named_hf_tensors()}
     if torch.distributed.get_rank() == 0:

@@ -15,10 +15,12 @@ import torch
 from convert_helpers import TESTS, all_weights, assert_same_weights, llama_config, run_jobs, write_model
 from tiny_models import make_llama, random_examples
 
-from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from astro_hpc.config.base import ConfigError
+from astro_hpc.config.schema import InferenceConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from astro_hpc.conversion.hf import load_hf, named_hf_tensors
 from astro_hpc.conversion.megatron_folder import MegatronTensors
 from astro_hpc.conversion.offline import export_hf, import_hf
+from astro_hpc.inference import make_engine
 from astro_hpc.model import build
 from astro_hpc.model.build import RMSNorm, build_model
 from astro_hpc.model.llama import LlamaShape
@@ -57,6 +59,8 @@ def test_a_live_model_loads_an_import(tmp_path: Path, tied: bool, dtype: str) ->
         models.append(dict(named_hf_tensors(chunks, shape)))
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[1][name], tensor) for name, tensor in models[0].items())
+    with pytest.raises(ConfigError, match="a Megatron checkpoint, which only training starts from.*convert export"):
+        make_engine(made, InferenceConfig())
 
 
 def test_a_vocabulary_padded_further_than_the_imports_is_filled_with_zeros(

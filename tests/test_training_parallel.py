@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert_helpers import all_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_ranks import CASES, SAVED_STEP, STEPS, VOCAB_SIZE, Case, num_targets, packs
@@ -18,12 +19,14 @@ from tiny_models import hf_logprobs, hf_model, make_llama, random_examples
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from astro_hpc.conversion.offline import export_hf
 from astro_hpc.model.parallel import context_rows
 from astro_hpc.training.packing import Example, pack_examples, pad_batch
 from astro_hpc.training.trainer import Trainer
 
 FRESH = [case for case in CASES if not case.loads]
 LOADED = [case for case in CASES if case.loads]
+SAVED = [case for case in CASES if case.saves]
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -126,6 +129,15 @@ def test_a_checkpoint_loads_into_other_sizes_and_training_goes_on(trained: Path,
     assert found[0]["lr"] == expected[0]["lr"]
     for name, tensor in theirs.items():
         assert relative(ours[name], tensor) < 1e-4, name
+
+
+@pytest.mark.parametrize("case", SAVED, ids=ids(SAVED))
+def test_a_checkpoint_of_several_ranks_is_exported_without_them(trained: Path, tmp_path: Path, case: Case) -> None:
+    exported = export_hf(trained / "checkpoints" / case.name, tmp_path / "hf", reference=trained / case.model)
+    found, expected = all_weights(exported), tensors(trained, case, "saved")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_the_other_optimizers_checkpoint_is_refused_by_name(trained: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.engine import Engine
 
@@ -26,6 +27,11 @@ def make_engine(
         from astro_hpc.inference.scripted import ScriptedEngine
 
         return ScriptedEngine(max_model_len=cfg.max_model_len)
+    if (model_dir / ".metadata").is_file():
+        raise ConfigError(
+            f"{model_dir}: a Megatron checkpoint, which only training starts from; give engines the Hugging Face "
+            f"folder that `astro-hpc convert export {model_dir} OUT` makes"
+        )
     if cfg.engine == "vllm-server":
         from astro_hpc.inference.server_engine import VLLMServerEngine
 

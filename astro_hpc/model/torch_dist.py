@@ -98,7 +98,7 @@ def _first_line(error: Exception) -> str:
 _METADATA_CLASSES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},  # looks up a torch.layout by name
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch.distributed.checkpoint.metadata": {
         "_MEM_FORMAT_ENCODING",

@@ -18,6 +18,7 @@ import os
 import queue
 import shutil
 import tempfile
+import threading
 import types
 import warnings
 from multiprocessing.connection import Connection
@@ -47,6 +48,9 @@ class Saver:
     def __init__(self) -> None:
         self._writer: _Writer | None = None
         self._after: tuple[Path, Path, int, int | None] = (Path(), Path(), 0, None)
+        self._cleaner: threading.Thread | None = None
+        # Kept, because after two saves it knows that the plan stays as it is.
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1, cached_metadata=True)
 
     def start(
         self,
@@ -67,6 +71,7 @@ class Saver:
             keep_every: besides these, those of steps that it divides are kept.
         """
         self.finish(block=True)
+        self._wait_for_cleaner()  # a fork would copy a thread's locks
         final = folder / _name(step)
         temporary = _shared_temporary(folder, final.name)
         # Megatron would start a server process for the writers' results, which a killed trainer leaves behind.
@@ -74,7 +79,7 @@ class Saver:
             request = dist_checkpointing.save(
                 sharded_state,
                 str(temporary),
-                sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                sharded_strategy=self._strategy,
                 async_sharded_save=True,
                 preprocess_common_before_consistancy_check=_comparable,
             )
@@ -102,9 +107,18 @@ class Saver:
         if _rank() == 0:
             _publish(temporary, final)
             write_text_atomic(final.parent / _LATEST, final.name + "\n")
-            _prune(final.parent, keep_last, keep_every)
+            doomed = _set_aside(final.parent, keep_last, keep_every)
+            self._cleaner = threading.Thread(target=_remove, args=(doomed,), name="old checkpoints")
+            self._cleaner.start()
+            if block:
+                self._wait_for_cleaner()
         _barrier()
         return True
+
+    def _wait_for_cleaner(self) -> None:
+        if self._cleaner is not None:
+            self._cleaner.join()
+            self._cleaner = None
 
 
 class _Writer:
@@ -149,8 +163,7 @@ class _Writer:
         except EOFError:
             results = RuntimeError("the process that writes the checkpoint was killed")
         self._receive.close()
-        self._child.join()
-        self._child.close()
+        # Not joined: the kernel takes a while to free a large child, and the next start of a process reaps it.
         self._results.put(results)
         return results
 
@@ -205,11 +218,20 @@ def _publish(temporary: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
-def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+def _set_aside(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Rename the checkpoints that go, which takes no time; removing many gigabytes does."""
     whole = [path for path in _checkpoints(folder) if damage(path) is None]
+    doomed = []
     for path in whole[keep_last:]:
         if not keep_every or int(path.name.removeprefix("step_")) % keep_every:
-            shutil.rmtree(path)
+            doomed.append(path.rename(folder / f".{path.name}.old.tmp"))
+    return doomed
+
+
+def _remove(folders: list[Path]) -> None:
+    """What a kill leaves of them, the next save removes."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find(folder: Path) -> Path | None:
