@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,19 @@ def test_a_run_in_use_leaves_with_73(tmp_path):
         result = _run("launch", "configs/demo.yaml", "--cluster", tmp_path / "cluster.yaml", f"runs_dir={tmp_path}")
     assert result.returncode == 73, result.stderr
     assert "demo: launch: in use by process" in result.stderr
+
+
+def test_status_watches_a_run_that_was_not_launched(tmp_path):
+    config = tmp_path / "runs" / "x" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text((ROOT / "configs" / "demo.yaml").read_text())
+    command = [sys.executable, "-m", "astro_hpc", "status", str(config.parent), "--watch"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    lines = [process.stdout.readline()]
+    while "next: " not in lines[-1]:
+        assert lines[-1], process.stderr.read()
+        lines.append(process.stdout.readline())
+    assert process.poll() is None, "it goes on"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""

@@ -93,7 +93,7 @@ ended_by_slurm() {  # TERM; the step has it too, and saves
     exit $code
 }
 decide() {  # by the exit code, what becomes of the job
-    last_lines=$(tail -qn 3 "$LOG"/nodes.log "$LOG"/rank-*.log 2>/dev/null | grep '[[:alnum:]]' | grep -v '^.── ')
+    last_lines=$(tail -qn 3 "$LOG"/nodes.txt "$LOG"/rank-*.log 2>/dev/null | grep '[[:alnum:]]' | grep -v '^.── ')
     reason=$(grep -m 1 -i -e '^astro-hpc: ' -e '^bad ' -e '^[a-z_.]*Error' -e '^[a-z_.]*Exception' -e killed \\
         <<< "$last_lines")
     reason=${reason:-$(tail -n 1 <<< "$last_lines")}
@@ -105,7 +105,7 @@ decide() {  # by the exit code, what becomes of the job
     71)  # bad nodes: without them
         while read -r node why; do
             grep -qs "^$node " "$EXCLUDE" || echo "$node $why" >> "$EXCLUDE"
-        done < <(sed -n 's/^bad //p' "$LOG/nodes.log")
+        done < <(sed -n 's/^bad //p' "$LOG/nodes.txt")
         own=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=//p' | grep -v null)
         bad=$(cut -d ' ' -f 1 "$EXCLUDE" | paste -sd,)
         [ "$(wc -l < "$EXCLUDE")" -gt "$MAX_BAD_NODES" ] || requeue ExcNodeList="${own:+$own,}$bad"
@@ -134,11 +134,11 @@ fi
 if [ ${#NODE_CHECK[@]} -gt 0 ]; then  # a bad node is found before the stage starts on it
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
     srun "${STEP[@]}" --nodes="$SLURM_JOB_NUM_NODES" --relative=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \\
-        --wait=600 --output="$LOG/nodes.log" "${INSIDE[@]}" \\
+        --wait=600 --output="$LOG/nodes.txt" "${INSIDE[@]}" \\
         "$PYTHON" -m astro_hpc doctor --node "${NODE_CHECK[@]}" --nodes "$nodes" --folder "$LOG/nodes" &
     follow
     if [ $code != 0 ]; then
-        grep -q '^bad ' "$LOG/nodes.log" && code=71 || code=1
+        grep -q '^bad ' "$LOG/nodes.txt" && code=71 || code=1
         decide
     fi
 fi

@@ -201,7 +201,7 @@ def _explain(
         reason = (ended or {}).get("reason") or None
         left_nothing = "it left the queue without a word: cancelled, or its node died"
         parts = [slurm_state.lower() if slurm_state not in (None, "COMPLETED", "FAILED") else None, reason]
-        state.reason = ": ".join(part for part in parts if part) or left_nothing
+        state.reason = ": ".join(dict.fromkeys(part for part in parts if part)) or left_nothing
     if ended:
         state.attempt = int(ended.get("attempt") or 0)
     log = _last_log(run, job, task)

@@ -111,7 +111,7 @@ def launch(
         steps = plan(jobs, chosen, fresh_tasks(run, jobs, done), live, size)
         frozen, contents = _what_to_freeze(cfg, run)
         place = Place(run, frozen, (workdir or Path.cwd()).absolute(), run_key(run))
-        keeping_off = cluster.model_copy(update={"exclude": [*cluster.exclude, *bad_nodes(run)]})
+        keeping_off = cluster.model_copy(update={"exclude": list(dict.fromkeys([*cluster.exclude, *bad_nodes(run)]))})
         texts = {
             (job.name, offset): render(job, keeping_off, place, offset, len(tasks))
             for job in chosen
