@@ -146,12 +146,21 @@ fi
 SERVE_STEP = """\
 # --- the engines: a step beside the training, a log for each server and attempt ---
 # A server that ends is started again, three times; what it was at is tried elsewhere, and it is given the weights.
-SERVER='trap told=1 TERM; port=$((SLURM_PROCID + $1)); shift; for start in 1 2 3 4; do
-    "$@" --port $port --index $SLURM_LOCALID; code=$?; [ "$told" ] && exit 0; done; exit $code'
+SERVER='trap told=1 TERM; port=$((SLURM_PROCID + $1)); log=$2; shift 2; for start in 1 2 3 4; do
+    "$@" --port $port --index $SLURM_LOCALID; code=$?; [ "$told" ] && exit 0; done
+    : > "$log/engine-$SLURM_PROCID.gone"; exit $code'
 srun --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$LOG/engine-%N-%t.log" "${SERVE_STEP[@]}" \\
-    bash -c "$SERVER" server "$PORT" "${INSIDE[@]}" "$PYTHON" -m astro_hpc "${SERVE[@]}" &
+    bash -c "$SERVER" server "$PORT" "$LOG" "${INSIDE[@]}" "$PYTHON" -m astro_hpc "${SERVE[@]}" &
 engines=$!
-trap 'kill $engines; wait $engines' EXIT  # they end with the training
+(until [ "$(ls "$LOG"/*.gone 2>/dev/null | wc -l)" = $((ENGINE_NODES * SERVERS)) ]; do sleep 3; done; kill -USR2 $$) &
+watcher=$!
+no_engines() {  # the training would wait in vain
+    told=1
+    echo "RuntimeError: all engines have ended: $(tail -qn 1 "$LOG"/engine-*.log | head -n 1)" >> "$LOG/rank-0.log"
+    kill $step
+}
+trap no_engines USR2
+trap 'trap "" USR2; kill $watcher $engines 2>/dev/null; wait $engines' EXIT  # they end with the training
 train_on=$(IFS=,; echo "${NODES[*]:0:TRAIN_NODES}")
 serve_on=$(IFS=,; echo "${NODES[*]:TRAIN_NODES}")
 echo "trainer: $train_on; engines: $serve_on" > "$LOG/parts"  # for `astro-hpc status`
