@@ -48,7 +48,7 @@ def test_sft_on_two_nodes_of_two_ranks_computes_what_one_process_does(slurm, mod
     assert (stage / "manifest.json").exists(), run.logs()
     assert json.loads((stage / "manifest.json").read_text())["counts"]["ranks"] == 4
     [attempt] = run.dir.glob("logs/sft-astro/job-*.attempt-0")
-    assert {path.name for path in attempt.glob("*.log")} == {f"rank-{rank}.log" for rank in range(4)}
+    assert {path.name for path in attempt.glob("rank-*.log")} == {f"rank-{rank}.log" for rank in range(4)}
 
     alone = tmp_path / "runs" / "alone"
     alone.mkdir()
@@ -92,7 +92,7 @@ def test_rl_trains_on_one_node_what_a_server_on_another_samples_though_it_is_kil
     last = steps - 1  # nothing samples with the weights of the last step
     assert (stage / "weights" / f"version_{last:08d}" / "STABLE").read_text() == f"{last}\n"
     [attempt] = run.dir.glob("logs/rl-astro/job-*.attempt-0")
-    assert {path.name for path in attempt.glob("*.log")} == {"rank-0.log", "rank-1.log", "engine-n2-0.log"}
+    assert {path.name for path in attempt.glob("*-*.log")} == {"rank-0.log", "rank-1.log", "engine-n2-0.log"}
     assert (attempt / "engine-n2-0.log").read_text().count("serve: ready at") == 2
     assert run.status()["rl-astro"]["state"] == "done"
     wait_until_gone(str(tmp_path))
