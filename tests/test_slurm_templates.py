@@ -80,6 +80,12 @@ def test_a_template_is_what_launch_renders(path, graph):
     assert len(edited_lines(text)) == 5
 
 
+def test_the_script_that_every_job_sources_is_sound_and_lies_in_the_package():
+    path = ROOT / "astro_hpc" / "launch" / "job.sh"
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    assert all(path.read_text().count(f"${name}") for name in ("OUTPUT", "WORK", "MAX_REQUEUES", "MAX_FAILURES"))
+
+
 def edited_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.partition("# EDIT")[1]]
 
