@@ -1,12 +1,15 @@
 """A whole RL step measured in one run on one machine: our loop, and TRL's GRPOTrainer with its own generation.
 
 Both train the same model (the embedded SmolLM2-135M-Instruct, or --model) with the same prompts, group size, limit of
-length and reward, in float32 with as many threads, each in a process of its own, one after the other. Counted are
-seconds a generated token over the steps after the first; what an engine or trainer needs to start is left out on both
-sides. The reward is the share of letters in a response, so that every group has a signal. TRL runs by the Python of
---trl-python; without it that side is left out.
+length and reward, in the same precision with as many threads, each in a process of its own, one after the other.
+Counted are seconds a generated token over the steps after the first; what an engine or trainer needs to start is left
+out on both sides. The reward is the share of letters in a response, so that every group has a signal. TRL runs by the
+Python of --trl-python; without it that side is left out.
 
     python tools/bench_rl.py --trl-python TRL_ENV/bin/python [--steps 3] [--prompts 8] [--group 4] [--tokens 300]
+
+--dtype bf16 is what both do by default: TRL keeps float32 weights and multiplies in bfloat16 (autocast), we keep a
+bfloat16 model with float32 main weights and gradients, and sample in bfloat16. --dtype fp32 is float32 throughout.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from astro_hpc.run.files import write_jsonl_atomic
 from astro_hpc.run.metrics import read_metrics
 from astro_hpc.run.stage import StageContext
 
+ENGINE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
 
 def share_of_letters(problem: Problem, response: str, outcome: str) -> float:
     """The reward; TRL's side computes the same."""
@@ -40,14 +45,18 @@ def config(folder: Path, options: argparse.Namespace) -> RunConfig:
             "runs_dir": str(folder),
             "model": {"path": options.model, "prompt_style": "minimal-chat"},
             "problems": {"train": [{"type": "signs", "count": options.prompts}]},
-            "inference": {"dtype": "float32", "max_model_len": options.tokens + 112, "cpu_kv_cache_gb": 1.0},
-            "precision": {"dtype": "fp32"},
+            "inference": {
+                "dtype": ENGINE_DTYPES[options.dtype],
+                "max_model_len": options.tokens + 112,
+                "cpu_kv_cache_gb": 1.0,
+            },
+            "precision": {"dtype": options.dtype},
             "rl": {
                 "num_steps": options.steps,
                 "prompts_per_step": options.prompts,
                 "group_size": options.group,
                 "max_response_tokens": options.tokens,
-                "seq_length": options.tokens + 112,
+                "seq_length": max(2048, options.tokens + 112),
                 "mode": options.mode,
                 "segment_tokens": 64 if options.mode == "async" else None,
                 "reward": {"function": "bench_rl:share_of_letters"},
@@ -89,6 +98,7 @@ def measure_ours(options: argparse.Namespace) -> dict[str, Any]:
         }
         | {"push": round(max(row["push_seconds"] for row in rows[:-1]), 3)},  # the last step pushes nothing
         engine_idle_share=round(statistics.mean(row["engine_idle_share"] for row in rows[1:]), 3),
+        trainer_idle_share=round(statistics.mean(row["trainer_idle_share"] for row in rows[1:]), 3),
         mismatch_mean_abs=max(row["mismatch_mean_abs"] for row in rows),
     )
 
@@ -104,6 +114,7 @@ def measure_trl(options: argparse.Namespace) -> dict[str, Any]:
         numbers = [str(n) for n in (options.steps, options.prompts, options.group, options.tokens)]
         script = Path(__file__).with_name("bench_rl_trl.py")
         command = [options.trl_python, str(script), str(resolve_model(options.model)), str(prompts), str(out), *numbers]
+        command.append(options.dtype)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         subprocess.run(command, env=environment, check=True)
         result = json.loads(out.read_text())
@@ -128,6 +139,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--dtype", choices=list(ENGINE_DTYPES), default="bf16")
     parser.add_argument("--mode", choices=["sync", "async"], default="sync")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """The TRL side of bench_rl.py, run by the Python of an environment that has TRL; imports nothing of ours.
 
-PYTHON tools/bench_rl_trl.py MODEL PROMPTS.jsonl OUT.json STEPS PROMPTS_PER_STEP GROUP MAX_TOKENS
+PYTHON tools/bench_rl_trl.py MODEL PROMPTS.jsonl OUT.json STEPS PROMPTS_PER_STEP GROUP MAX_TOKENS DTYPE
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    model, prompts, out, *numbers = sys.argv[1:]
+    model, prompts, out, *numbers, dtype = sys.argv[1:]
     steps, prompts_per_step, group, max_tokens = map(int, numbers)
     rows = [json.loads(line) for line in open(prompts, encoding="utf-8")]  # noqa: SIM115
     clock, generated = Clock(), []
@@ -53,7 +53,7 @@ def main() -> None:
         per_device_train_batch_size=prompts_per_step * group,
         num_generations=group,
         max_completion_length=max_tokens,
-        bf16=False,
+        bf16=dtype == "bf16",
         model_init_kwargs={"dtype": "float32"},
         use_cpu=True,
         save_strategy="no",

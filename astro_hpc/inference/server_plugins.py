@@ -43,7 +43,7 @@ class WeightUpdates:
         """Load the safetensors of a Hugging Face folder into the live model; the caller clears the prefix cache."""
         self.reload_weights(weights_path=weights_path)
         if self.device.type == "cpu":
-            repack_embeddings(self.get_model())
+            repack_head(self.get_model())
 
     def receive_weights(
         self: Any, host: str, port: int, first_rank: int, world_size: int, tensors: list[Any], seconds: float
@@ -63,7 +63,7 @@ class WeightUpdates:
         announced = [TensorInfo.from_json(row) for row in tensors]
         self.reload_weights(weights_iterator=group.receive(announced))
         if self.device.type == "cpu":
-            repack_embeddings(self.get_model())
+            repack_head(self.get_model())
 
     def weight_digests(self: Any, layer: int, columns: list[int]) -> dict[str, str]:
         """Hashes of parts of this worker's weights; see `inference.probe.engine_digests`."""
@@ -72,14 +72,14 @@ class WeightUpdates:
         return engine_digests(self.get_model(), layer, columns)
 
 
-def repack_embeddings(model: Any) -> None:
-    """Renew the packed copies that CPU kernels keep of embeddings and output head.
+def repack_head(model: Any) -> None:
+    """Renew the packed copy that CPU kernels keep of an output head.
 
     vLLM 0.32 repacks each layer that it loads, but a tied head isn't loaded: it shares the embedding's tensor, and
     would go on multiplying by its packed copy of the old one.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding):
+        if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)

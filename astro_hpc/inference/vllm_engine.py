@@ -23,7 +23,7 @@ from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.engine import EngineStats, Sample, SampleRequest
 from astro_hpc.inference.sampling import check_request, make_sample, sampling_fields, special_tokens
-from astro_hpc.inference.server_plugins import repack_embeddings
+from astro_hpc.inference.server_plugins import repack_head
 from astro_hpc.inference.settings import engine_settings, prepare_environment
 from astro_hpc.inference.weights import check_same_tensors, folder_shapes
 
@@ -144,7 +144,7 @@ class VLLMEngine:
                 raise RuntimeError("weights can't be replaced while samples are in flight")
             engine.collective_rpc("reload_weights", kwargs=arguments)
             if self._on_cpu:
-                engine.apply_model(repack_embeddings)
+                engine.apply_model(repack_head)
             if not engine.reset_prefix_cache():
                 raise RuntimeError("vLLM did not clear its prefix cache: it would serve the old weights' keys")
             self._version = version
