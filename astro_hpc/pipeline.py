@@ -40,6 +40,7 @@ _VERIFIER_ONLY_HOW = {"num_workers", "cache_size"}
 _CHECKPOINT = {"checkpoint"}  # and `parallel`: the same mathematics, and checkpoints load into other sizes
 _TRAINING_ONLY_HOW = {"checkpoint", "validate_every_steps"}
 _RL_ONLY_HOW = {"weight_sync", "weight_check_every", "max_mismatch_kl", "rollout_timeout_minutes"}
+_REWARD_ONLY_HOW = {"timeout_seconds"}
 
 
 def base_model(cfg: RunConfig) -> Path:
@@ -288,15 +289,25 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
     """Reinforcement learning with a verifiable reward."""
     model = cfg.run_dir / "sft" / arm / "hf"
     prompts = cfg.run_dir / "select" / arm / "prompts.jsonl"
+    replay = cfg.rl.replay_of(arm)
+
+    def prepare(ctx: StageContext) -> None:
+        from astro_hpc.rl.reward import Reward
+
+        if replay is None:
+            Reward(cfg.rl.reward)  # a wrong path is told before torch and an engine are loaded
 
     def body(ctx: StageContext) -> list[Path]:
         from astro_hpc.rl.stage import run
 
-        return run(ctx, model_dir=model, prompts=prompts)
+        return run(ctx, model_dir=model, prompts=prompts, replay=replay)
 
     settings = {
         "seed": cfg.seed,
-        "rl": _dump(cfg.rl, _CHECKPOINT | _RL_ONLY_HOW),
+        "rl": {
+            **_dump(cfg.rl, _CHECKPOINT | _RL_ONLY_HOW | {"reward"}),
+            "reward": _dump(cfg.rl.reward, _REWARD_ONLY_HOW),
+        },
         "phrases": cfg.clone.phrases,
         "prompt_style": cfg.model.prompt_style,
         "verifier": _dump(cfg.verifier, _VERIFIER_ONLY_HOW),
@@ -305,16 +316,17 @@ def rl(cfg: RunConfig, arm: Arm) -> Stage:
     }
     held_out = [cfg.rl.validation.problems] if cfg.rl.validation is not None else []
     inputs = {"model": model, "prompts": prompts} | _files(cfg, held_out)
-    if cfg.rl.replay is not None:
+    if replay is not None:
         folder = (cfg.run_dir / "rl" / arm).resolve()
-        if cfg.rl.replay.resolve().is_relative_to(folder):
-            raise ConfigError(
-                f"rl.replay={cfg.rl.replay}: lies in {folder}, which this stage writes; copy it elsewhere"
-            )
-        inputs["rollouts"] = cfg.rl.replay
-    servers = 0 if cfg.rl.replay is not None else started_here(cfg.inference)
+        if replay.resolve().is_relative_to(folder):
+            raise ConfigError(f"rl.replay={replay}: lies in {folder}, which this stage writes; copy it elsewhere")
+        inputs["rollouts"] = replay
+    # Without training there is nothing for ranks to share: one process samples.
+    ranks = not cfg.rl.rollouts_only
+    servers = 0 if replay is not None else started_here(cfg.inference)
     server_gpus = servers * cfg.inference.tensor_parallel_size
-    return Stage(f"rl/{arm}", Path("rl") / arm, inputs, settings, body, on_ranks=True, server_gpus=server_gpus)
+    label = f"rl/{arm}"
+    return Stage(label, Path(label), inputs, settings, body, prepare, on_ranks=ranks, server_gpus=server_gpus)
 
 
 def evaluate(cfg: RunConfig) -> Stage:
@@ -384,7 +396,7 @@ def pipeline(cfg: RunConfig) -> list[tuple[str, Stage]]:
             stages.append((f"select {options}", select_shard(cfg, arm, shard, total)))
         stages += [(f"select --arm {arm}", select(cfg, arm))]
         stages += [(f"rl --arm {arm}", rl(cfg, arm))]
-    if cfg.eval.benchmarks:
+    if cfg.evaluates:
         for shard, total in evaluate_shards(cfg):
             stages.append((f"eval --shard {shard} --num-shards {total}", evaluate_shard(cfg, shard, total)))
         stages.append(("eval", evaluate(cfg)))
@@ -412,6 +424,8 @@ def run_pipeline(cfg: RunConfig, config_arguments: Sequence[str], redo: bool = F
                     f"{stage.label}: stopped with exit code {code}; the same command goes on from here", file=sys.stderr
                 )
             return code
+    if cfg.eval.benchmarks and not cfg.evaluates:
+        print("eval: left out, for rl.rollouts_only=true trains no model; unset it and run again", file=sys.stderr)
     return 0
 
 

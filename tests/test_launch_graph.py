@@ -23,6 +23,7 @@ from astro_hpc.launch.graph import (
     plan,
     refuse_shared_process,
 )
+from astro_hpc.run.stage import run_stage
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -130,6 +131,37 @@ def test_ranks_must_hold_the_model_and_tensor_parallel_stays_inside_a_node():
         build_graph(cfg, cluster_config(sft={"nodes": 3, "tasks_per_node": 4}))
     with pytest.raises(ConfigError, match="would reach over nodes"):
         build_graph(cfg, cluster_config(sft={"nodes": 4, "tasks_per_node": 2}))
+
+
+def test_rollouts_alone_need_one_process_and_leave_nothing_to_evaluate(tmp_path):
+    cfg = run_config(
+        runs_dir=tmp_path, rl={"rollouts_only": True}, eval={"benchmarks": {"b": {"type": "signs", "count": 3}}}
+    )
+    jobs = build_graph(cfg, cluster_config())
+    assert [job.name for job in jobs][-2:] == ["rl-astro", "report"]
+    assert "eval" not in [command for command, _ in pipeline.pipeline(cfg)]
+    assert not pipeline.rl(cfg, "astro").on_ranks
+    with pytest.raises(ConfigError, match=r"1 nodes x 4 ranks .*: rl.rollouts_only samples in one process"):
+        build_graph(cfg, cluster_config(rl={"tasks_per_node": 4}))
+
+
+def test_a_replay_is_told_apart_by_arm(tmp_path):
+    both = {"arms": ["astro", "direct"], "runs_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"rl.replay=old: would feed the arms astro and direct alike; write {arm}"):
+        run_config(**both, rl={"replay": "old"})
+    cfg = run_config(**both, rl={"replay": "old/rl/{arm}/rollouts"})
+    for arm in cfg.arms:
+        assert pipeline.rl(cfg, arm).inputs["rollouts"] == Path(f"old/rl/{arm}/rollouts")
+    assert run_config(rl={"replay": "old"}).rl.replay_of("astro") == Path("old")
+
+
+def test_a_wrong_path_of_a_reward_is_refused_before_anything_is_loaded(tmp_path):
+    for name in ("sft/astro/hf", "select/astro"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+    (tmp_path / "test" / "select" / "astro" / "prompts.jsonl").write_text("")
+    cfg = run_config(runs_dir=tmp_path, rl={"reward": {"function": "no_such_module:score"}})
+    with pytest.raises(ConfigError, match=r"rl.reward.function=no_such_module:score: No module named"):
+        run_stage(cfg, pipeline.rl(cfg, "astro"))
 
 
 def test_rl_has_nodes_that_train_and_nodes_that_serve():

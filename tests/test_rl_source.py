@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +20,9 @@ from astro_hpc.problems.sources import load_source
 from astro_hpc.problems.style import PromptStyle
 from astro_hpc.rl.reward import Reward
 from astro_hpc.rl.rollouts import Group, Rollout
-from astro_hpc.rl.source import LiveSource, ReplaySource, StepGroups, step_file
+from astro_hpc.rl.source import JOURNAL, LiveSource, ReplaySource, StepGroups, step_file
 from astro_hpc.rl.worker import RolloutWorker
+from astro_hpc.run.files import Journal
 from astro_hpc.run.seeds import derive_seed
 from astro_hpc.verifier.pool import Verdict, VerifierPool
 
@@ -29,12 +34,14 @@ def _settings(**values: object) -> RLConfig:
     return RLConfig.model_validate({"prompts_per_step": 3, "group_size": 2, "max_response_tokens": 200, **values})
 
 
-def _source(tmp_path: Path, engine: ScriptedEngine, settings: RLConfig, step: int = 0, state: dict | None = None):
+def _source(
+    tmp_path: Path, engine: ScriptedEngine, settings: RLConfig, step: int = 0, state: dict | None = None, **more: Any
+):
     pool = VerifierPool(VerifierConfig())
     worker = RolloutWorker(
         engine, pool, STYLE, Reward(settings.reward), settings, lambda p, s, piece: derive_seed(1, "rl", p, s, piece)
     )
-    source = LiveSource(worker, PROBLEMS, settings, folder=tmp_path, order_seed=5, step=step, state=state)
+    source = LiveSource(worker, PROBLEMS, settings, folder=tmp_path, order_seed=5, step=step, state=state, **more)
     return source, worker, pool
 
 
@@ -78,6 +85,68 @@ def test_sync_steps_are_decided_by_positions_and_survive_a_cut(tmp_path):
     assert engine.stats.requests == 6, "step 2 was not sampled again"
 
 
+def _answer(context: str, random: Any) -> str:
+    return "\\boxed{" + "1+1"[: random.randrange(1, 4)] + "}"
+
+
+@pytest.mark.parametrize("ended", ["told to stop", "killed"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"dynamic_sampling": True, "reward": {"function": "user_rewards:by_length"}}], ids=str
+)
+def test_what_was_finished_of_a_step_is_not_sampled_again(tmp_path, settings, ended):
+    settings = _settings(**settings)
+    whole_engine = ScriptedEngine(_answer, latency=0.01)
+    (whole,), _ = _run(tmp_path / "whole", whole_engine, settings, range(1, 2))
+    positions = len(whole.positions)
+    assert whole_engine.stats.requests == 2 * positions
+    for finished in range(1, positions):
+        folder = tmp_path / f"cut-{finished}"
+
+        def journaled(folder: Path = folder) -> int:
+            return len(list(Journal.read(folder / JOURNAL)))
+
+        source, worker, pool = _source(
+            folder, ScriptedEngine(_answer, latency=0.01), settings, stop=lambda f=finished, n=journaled: n() >= f
+        )
+        assert source.take(1) is None
+        state = source.state(0) if ended == "told to stop" else None
+        worker.close()
+        pool.close()
+        source.close()
+        kept = journaled()
+        assert kept >= finished
+        engine = ScriptedEngine(_answer)
+        (again,), after = _run(folder, engine, settings, range(1, 2), state)
+        assert _texts(again) == _texts(whole)
+        assert again.no_signal == whole.no_signal
+        assert engine.stats.requests == 2 * (positions - kept)
+        assert after == {"cursor": positions, "pending": []}
+        assert journaled() == 0, "the step's file holds them"
+
+
+def test_groups_of_other_weights_are_not_taken_for_this_steps(tmp_path):
+    source, worker, pool = _source(tmp_path, ScriptedEngine(), _settings())
+    source.stop = lambda: (tmp_path / JOURNAL).stat().st_size > 0
+    assert source.take(1) is None
+    worker.close()
+    pool.close()
+    source.close()
+    engine = ScriptedEngine()
+    engine.load_weights(Path(), 4)
+    source, worker, pool = _source(tmp_path, engine, _settings(), step=4, state={"cursor": 0, "pending": []})
+    assert {r.oldest_version for group in source.take(5).used for r in group.rollouts} == {4}
+    assert engine.stats.requests == 6
+    worker.close()
+    pool.close()
+    (tmp_path / JOURNAL).write_bytes(b"")
+    with Journal(tmp_path / JOURNAL) as journal:
+        journal.append({"position": 9})
+    with pytest.raises(ConfigError, match=r"finished.journal: not a group of rollouts: KeyError\('rollouts'\)"):
+        _source(tmp_path, engine, _settings(), step=5)
+    worker.close()
+    pool.close()
+
+
 @pytest.mark.parametrize(
     "settings", [{"mode": "async", "max_lag": 1}, {"oversample": 1.5}, {"mode": "async", "max_lag": 2}]
 )
@@ -90,12 +159,15 @@ def test_lag_is_bounded_and_no_position_is_lost_or_used_twice(tmp_path, settings
         assert len(groups.used) == 3
         assert all(step - 1 - group.oldest_version <= _settings(**settings).max_lag for group in groups.used)
     # a resumed run goes on with what was in flight
+    handed_out, kept = len(positions), len(list(Journal.read(tmp_path / JOURNAL)))
     engine = ScriptedEngine()
     engine.load_weights(Path(), 7)
     more, after = _run(tmp_path, engine, _settings(**settings), range(8, 12), state)
     positions += [position for step in more for position in step.positions]
     assert len(positions) == len(set(positions))
     assert sorted([*positions, *after["pending"]]) == list(range(after["cursor"]))
+    unused = after["cursor"] - handed_out - kept
+    assert engine.stats.requests <= 2 * unused, "what was finished and not used is not sampled again"
 
 
 def test_pieces_join_to_one_response_and_record_their_versions(tmp_path):
@@ -126,17 +198,14 @@ def test_pieces_are_refused_where_a_stop_could_fall_between_them(tmp_path):
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(tmp_path):
-    def reward(context: str, random) -> str:
-        return "\\boxed{" + "1+1"[: random.randrange(1, 4)] + "}"
-
     settings = _settings(dynamic_sampling=True, reward={"function": "user_rewards:by_length"})
-    taken, state = _run(tmp_path, ScriptedEngine(reward), settings, range(1, 4))
+    taken, state = _run(tmp_path, ScriptedEngine(_answer), settings, range(1, 4))
     assert all(group.has_signal for step in taken for group in step.used)
     assert any(step.no_signal for step in taken)
     assert [len(step.used) for step in taken] == [3, 3, 3]
     positions = [position for step in taken for position in step.positions]
     assert sorted(positions) == list(range(state["cursor"]))
-    again, _ = _run(tmp_path / "again", ScriptedEngine(reward, latency=0.01), settings, range(1, 4))
+    again, _ = _run(tmp_path / "again", ScriptedEngine(_answer, latency=0.01), settings, range(1, 4))
     assert [_texts(step) for step in again] == [_texts(step) for step in taken]
 
 
@@ -172,6 +241,40 @@ def test_an_engine_that_fails_ends_the_step_with_its_error(tmp_path):
         source.take(1)
     worker.close()
     pool.close()
+
+
+def test_a_users_reward_that_fails_or_hangs_ends_the_step_by_name(tmp_path):
+    for function, message in (
+        ("fails", r"user_rewards:fails, called for a response to \S+: ZeroDivisionError: .*user_rewards.py:\d+"),
+        ("hangs", r"user_rewards:hangs: gave no reward for a response to \S+ within 0.2 s; .*reward.timeout_seconds"),
+    ):
+        reward = {"function": f"user_rewards:{function}", "timeout_seconds": 0.2}
+        source, worker, pool = _source(tmp_path / function, ScriptedEngine(), _settings(reward=reward))
+        with pytest.raises(ConfigError, match=message):
+            source.take(1)
+        worker.close()
+        pool.close()
+
+
+def test_a_process_ends_though_a_users_reward_hangs():
+    program = """if True:
+        import asyncio
+        from astro_hpc.config import ConfigError
+        from astro_hpc.config.schema import RewardConfig, SignsSource
+        from astro_hpc.problems.sources import load_source
+        from astro_hpc.rl.reward import Reward
+        from astro_hpc.verifier.pool import Verdict
+        reward = Reward(RewardConfig(function="user_rewards:hangs", timeout_seconds=0.1))
+        try:
+            asyncio.run(reward.score(load_source(SignsSource(count=1))[0], "", Verdict("right", "1", 0)))
+        except ConfigError as error:
+            print(error)
+        """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "gave no reward" in done.stdout
 
 
 def test_replay_gives_what_was_trained_on_and_names_what_is_missing(tmp_path):

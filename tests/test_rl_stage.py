@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from tiny_models import save_tiny_llama
 
 from astro_hpc.config import ConfigError
 from astro_hpc.config.schema import RunConfig, SignsSource
 from astro_hpc.problems.sources import load_source
+from astro_hpc.rl.source import JOURNAL
 from astro_hpc.rl.stage import run
-from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
+from astro_hpc.run.files import Journal, read_jsonl, write_jsonl_atomic
 from astro_hpc.run.metrics import read_metrics
 from astro_hpc.run.stage import CheckpointedExit, StageContext
 
-_CLOCKED = ("seconds", "idle_share")
+_CLOCKED = ("seconds", "idle_share", "per_second")
 
 
 def _config(tmp_path: Path, **rl: object) -> RunConfig:
@@ -70,7 +72,7 @@ def _run(cfg: RunConfig, folder: Path, model: Path, prompts: Path, fault: str = 
     if fault == "stop":
         context.request_stop()
     elif fault:
-        _arm(fault)
+        _arm(fault, context)
     try:
         run(context, model_dir=model, prompts=prompts)
     except CheckpointedExit:
@@ -80,14 +82,19 @@ def _run(cfg: RunConfig, folder: Path, model: Path, prompts: Path, fault: str = 
         sys.exit(2)
 
 
-def _arm(fault: str) -> None:
-    """Make this process kill itself in the second step's `fault`, or give the engine other weights than the trainer."""
+def _arm(fault: str, context: StageContext) -> None:
+    """Make this process kill itself in the second step's `fault`, or give the engine other weights than the trainer.
+
+    `group` and `stop at a group`: when one of the second step's two groups is there.
+    """
     import torch
 
     from astro_hpc.rl import source, stage, train, weights
 
     owner, name = {
         "generate": (source.LiveSource, "_next"),
+        "group": (source.LiveSource, "_keep"),
+        "stop at a group": (source.LiveSource, "_keep"),
         "save rollouts": (source.StepGroups, "save"),
         "train": (train.PolicyTrainer, "train"),
         "push": (weights.MemorySync, "push"),
@@ -106,6 +113,11 @@ def _arm(fault: str) -> None:
                         yield tensor_name, tensor + 0.5 * torch.randn_like(tensor)
 
             return original(args[0], Perturbed(), *args[2:], **kwargs)
+        if name == "_keep":
+            original(*args)
+            if len(calls) == 3:
+                context.request_stop() if fault.startswith("stop") else os.kill(os.getpid(), signal.SIGKILL)
+            return None
         if len(calls) == 2:
             if fault in ("train", "push"):  # half-way, with what was done in memory lost
                 original(*args, **kwargs)
@@ -159,11 +171,15 @@ def _exported_start(model: Path) -> str:
     return sha256_file(model / "model.safetensors")
 
 
-@pytest.mark.parametrize("phase", ["stop", "generate", "save rollouts", "train", "push", "save"])
+@pytest.mark.parametrize(
+    "phase", ["stop", "generate", "group", "stop at a group", "save rollouts", "train", "push", "save"]
+)
 def test_a_run_killed_in_any_phase_and_resumed_equals_an_uninterrupted_one(phase, whole, model, prompts, tmp_path):
     folder, rows = whole
-    code = 75 if phase == "stop" else -signal.SIGKILL
+    code = 75 if phase.startswith("stop") else -signal.SIGKILL
     _run_apart(_config(tmp_path), tmp_path / "cut", model, prompts, phase, exit_code=code)
+    kept = len(list(Journal.read(tmp_path / "cut" / "rollouts" / JOURNAL)))
+    assert kept >= 1 if "group" in phase else kept <= 2
     assert _run_apart(_config(tmp_path), tmp_path / "cut", model, prompts) == rows
     for step in (1, 2, 3):
         name = f"rollouts/step_{step:08d}.jsonl"
@@ -176,6 +192,24 @@ def test_replayed_rollouts_train_the_same_model_without_an_engine(whole, model, 
     replayed = _run_apart(_config(tmp_path, replay=str(folder / "rollouts")), tmp_path / "replay", model, prompts)
     assert [row["loss"] for row in replayed] == [row["loss"] for row in rows]
     assert _exported(tmp_path / "replay") == _exported(folder)
+
+
+def test_a_step_without_signal_moves_the_schedule_and_nothing_else(whole, model, prompts, tmp_path):
+    folder = tmp_path / "rollouts"
+    for step in (1, 2, 3):
+        rows = list(read_jsonl(whole[0] / "rollouts" / f"step_{step:08d}.jsonl"))
+        write_jsonl_atomic(folder / f"step_{step:08d}.jsonl", ({**row, "reward": 1.0} for row in rows))
+    optimizer = {"lr": 1e-3, "lr_schedule": "linear", "weight_decay": 0.1}
+    cfg = _config(tmp_path, replay=str(folder), optimizer=optimizer)
+    rows = _run_apart(cfg, tmp_path / "same", model, prompts)
+    assert [(row["loss"], row["grad_norm"], row["trained_tokens"], row["groups_with_signal"]) for row in rows] == [
+        (0.0, 0.0, 0, 0.0)
+    ] * 3
+    assert 1e-3 > rows[0]["lr"] > rows[1]["lr"] > rows[2]["lr"] > 0
+    start, end = (load_file(path / "model.safetensors") for path in (model, tmp_path / "same" / "hf"))
+    assert start.keys() == end.keys()
+    assert all(tensor.equal(end[name]) for name, tensor in start.items())
+    assert set(whole[1][0]) - set(rows[0]) <= {"event_loop_lag_seconds"}
 
 
 @pytest.mark.parametrize(

@@ -497,6 +497,8 @@ class RewardConfig(Section):
     function: str | None = None
     """A reward of your own, as `package.module:name`. Called as name(problem, response, outcome) -> float for each
     response, it replaces right and wrong; the other terms are added to it."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """The run stops, naming the function and the response, when the function takes longer for one (ours)."""
 
     @model_validator(mode="after")
     def _dotted_path(self) -> RewardConfig:
@@ -561,10 +563,15 @@ class RLConfig(Section):
     rollout_timeout_minutes: Annotated[float, Field(gt=0)] = 60.0
     """Stop, saying what was waited for, when no response is finished for so long."""
     replay: Path | None = None
-    """Train on the rollouts of this folder (RUN/rl/ARM/rollouts) and start no engine."""
+    """Train on the rollouts of this folder (RUN/rl/ARM/rollouts) and start no engine. `{arm}` in it stands for the arm;
+    a run of several arms needs it."""
     rollouts_only: bool = False
     """Sample and judge every step's rollouts with the starting weights, and train on nothing."""
     validation: RLValidationConfig | None = None
+
+    def replay_of(self, arm: str) -> Path | None:
+        """The folder whose rollouts `arm` trains on; None where it samples its own."""
+        return None if self.replay is None else Path(str(self.replay).replace("{arm}", arm))
 
     @model_validator(mode="after")
     def _settings_agree(self) -> RLConfig:
@@ -653,6 +660,20 @@ class RunConfig(Section):
     select: SelectConfig = SelectConfig()
     rl: RLConfig = RLConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _a_replay_for_each_arm(self) -> RunConfig:
+        if self.rl.replay is not None and len(self.arms) > 1 and "{arm}" not in str(self.rl.replay):
+            raise ValueError(
+                f"rl.replay={self.rl.replay}: would feed the arms {' and '.join(self.arms)} alike; write {{arm}} where "
+                f"the folders' names differ, for instance RUN/rl/{{arm}}/rollouts, or set arms to one"
+            )
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run ends with `eval`: there are benchmarks, and RL leaves models (not with rl.rollouts_only)."""
+        return bool(self.eval.benchmarks) and not self.rl.rollouts_only
 
     @property
     def run_dir(self) -> Path:

@@ -120,7 +120,7 @@ def build_graph(cfg: RunConfig, cluster: ClusterConfig) -> list[Job]:
         select = add_sharded("select", sft, "select/{arm}", arm)
         ends += add(f"rl-{arm}", "rl CONFIG --arm ARM", [*sft, *select], "rl/{arm}", stage="rl", arm=arm)
         jobs[-1] = replace(jobs[-1], engines=_engines(cfg, cluster))
-    if cfg.eval.benchmarks:
+    if cfg.evaluates:
         ends = add_sharded("eval", ends, "eval")
     add("report", "report RUN", ends, "report")
     for job in jobs:
@@ -158,6 +158,8 @@ def _check_ranks(job: Job, cfg: RunConfig) -> None:
     if ranks == 1:
         return  # the stage starts its ranks itself
     where = f"{job.train_nodes} nodes x {per_node} ranks (stages.{job.stage} of the cluster file)"
+    if job.stage == "rl" and cfg.rl.rollouts_only:
+        raise ConfigError(f"{where}: rl.rollouts_only samples in one process; set nodes and tasks_per_node to 1")
     gpus = job.resources.gpus_per_node
     servers = cfg.inference.num_servers if samples and job.engines is None else None
     if gpus and servers and per_node + servers * cfg.inference.tensor_parallel_size > gpus:

@@ -21,7 +21,7 @@ def run_status(cfg: RunConfig) -> list[dict[str, Any]]:
     folders += [*_shards(cfg.run_dir, "clone"), "traces"]
     for arm in cfg.arms:
         folders += [f"sft/{arm}", *_shards(cfg.run_dir, f"select-shards/{arm}"), f"select/{arm}", f"rl/{arm}"]
-    if cfg.eval.benchmarks:
+    if cfg.evaluates:
         folders += [*_shards(cfg.run_dir, "eval-shards"), "eval"]
     return [_row(cfg.run_dir, folder) for folder in folders]
 

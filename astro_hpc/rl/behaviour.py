@@ -37,6 +37,8 @@ def behaviour(groups: StepGroups, phrases: Phrases) -> dict[str, float]:
         "response_tokens_wrong": _mean(wrong),
         "truncated": sum(r.truncated for r in rollouts) / len(rollouts),
         "backtracks": _mean([phrases.count_backtracks(r.text) for r in rollouts]),
+        # Mean surprise of sampled tokens, over all of them: an unbiased estimate of the policy's entropy, nats a token.
+        "entropy": -_mean([logprob for r in rollouts for logprob in r.logprobs]),
         "version_spread": _mean([newest - r.oldest_version for r in rollouts]),
         "sampled_tokens": sum(len(r.token_ids) for r in [*rollouts, *left_out]),
     }

@@ -88,6 +88,22 @@ class Group:
     position: int
     rollouts: tuple[Rollout, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {"position": self.position, "rollouts": [rollout.to_json() for rollout in self.rollouts]}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Group:
+        """The group that `to_json` wrote.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        try:
+            return cls(int(row["position"]), tuple(Rollout.from_json(rollout) for rollout in row["rollouts"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a group of rollouts: {error!r}") from None
+
     @property
     def has_signal(self) -> bool:
         """The rewards differ, so that advantages are not all 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ from astro_hpc.problems.problem import Problem
 from astro_hpc.rl.batches import prompt_at
 from astro_hpc.rl.rollouts import Group, Rollout
 from astro_hpc.rl.worker import RolloutWorker
-from astro_hpc.run.files import read_jsonl, write_jsonl_atomic
+from astro_hpc.run.files import Journal, read_jsonl, write_jsonl_atomic
 
 _MAX_STALE_SHARE = 4
 """Give up when a step throws away this many times the groups that it needs."""
+JOURNAL = "finished.journal"
+"""Groups that are finished and in no step's file yet."""
 
 
 @dataclass
@@ -81,12 +84,12 @@ def step_file(folder: Path, step: int) -> Path:
 class GroupSource(Protocol):
     """Gives each step its groups."""
 
-    def take(self, step: int) -> StepGroups:
-        """The groups of `step` (from 1); asked for in order."""
+    def take(self, step: int) -> StepGroups | None:
+        """The groups of `step` (from 1), asked for in order; None when a stop was asked for meanwhile."""
         ...
 
     def state(self, step: int) -> dict[str, Any]:
-        """JSON values from which the source goes on after `step`; files it needs are written."""
+        """JSON values from which the source goes on after `step`, the last that was taken whole; files are written."""
         ...
 
 
@@ -140,6 +143,9 @@ class LiveSource:
     In sync mode without over-sampling a step's groups are those of the next positions, whatever ends first, so the
     same weights give the same step. Otherwise the first to end are taken, and what is in flight at a checkpoint is
     sampled anew after it.
+
+    Each finished group is journaled at once, until a step's file holds it: a run that is cut off in the middle of a
+    step, and one that is told to stop, sample only what was still in flight again.
     """
 
     def __init__(
@@ -153,6 +159,7 @@ class LiveSource:
         step: int,
         state: dict[str, Any] | None,
         on_group: Callable[[int, int], None] = lambda done, wanted: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Go on after `step`.
 
@@ -161,9 +168,10 @@ class LiveSource:
                 was cut off, are used and not sampled again.
             state: of `state(step)`; None at the start.
             on_group: told how many of a step's groups there are, and how many are wanted.
+            stop: whether to stop; asked all the time while waiting for groups.
         """
         self.worker, self.problems, self.settings = worker, problems, settings
-        self.folder, self.order_seed, self.on_group = folder, order_seed, on_group
+        self.folder, self.order_seed, self.on_group, self.stop = folder, order_seed, on_group, stop
         self.cursor = int(state["cursor"]) if state else 0
         """The next position that is to be started."""
         self.pending: set[int] = set(state["pending"]) if state else set()
@@ -171,17 +179,22 @@ class LiveSource:
         self.version = step
         self._finished: list[Group] = []
         self._started: set[int] = set()
-        if state and state["buffer"]:
-            self._finished = StepGroups.load(folder / state["buffer"]).used
         self._saved = self._claim_saved(step)
+        self._kept = self._claim_journal()
+        """Groups that an interrupted run had finished, by position: starting one finishes it at once."""
+        self._journal = Journal(folder / JOURNAL)
 
     @property
     def ordered(self) -> bool:
         """Whether a step's groups are decided beforehand."""
         return self.settings.mode == "sync" and self.settings.oversample == 1
 
-    def take(self, step: int) -> StepGroups:
+    def take(self, step: int) -> StepGroups | None:
         """Sample the step's groups, or use those of a run that was cut off.
+
+        Returns:
+            None when a stop was asked for; `state` is then still that after the step before, and what was finished of
+            this step is in the journal.
 
         Raises:
             TimeoutError: see `RolloutWorker.take`.
@@ -193,9 +206,14 @@ class LiveSource:
             return saved
         wanted, settings = self.settings.prompts_per_step, self.settings
         groups = StepGroups()
+        before = self.cursor, set(self.pending)
         while len(groups.used) < wanted:
             self._fill(self._capacity() - len(groups.used))
-            for group in self._next(wanted - len(groups.used)):
+            if (ended := self._next()) is None:
+                self._drain()
+                self.cursor, self.pending = before
+                return None
+            for group in ended:
                 self._sort_out(group, groups)
             if len(groups.stale) > _MAX_STALE_SHARE * wanted:
                 raise ConfigError(
@@ -210,25 +228,19 @@ class LiveSource:
                 del groups.no_signal[:missing]
         groups.used.sort(key=lambda group: group.position)
         groups.save(step_file(self.folder, step))
+        self._rewrite_journal()
         if settings.mode == "async":
             self._fill(self._capacity())  # sampled while this step is trained on
         return groups
 
     def state(self, step: int) -> dict[str, Any]:
-        """The next position, what is in flight, and a file of what is finished and not handed out."""
-        while True:
-            try:
-                self._finished.append(self.worker.take(timeout=0))
-            except TimeoutError:
-                break
-        buffer = ""
-        if self._finished:
-            buffer = f"buffer_{step:08d}.jsonl"
-            StepGroups(used=self._finished).save(self.folder / buffer)
-        kept = self.settings.checkpoint.keep_last + 1  # the oldest checkpoint may still name its own
-        for old in sorted(self.folder.glob("buffer_*.jsonl"))[:-kept]:
-            old.unlink()
-        return {"cursor": self.cursor, "pending": sorted(self.pending), "buffer": buffer}
+        """The next position, and what was started and not handed out; of it, what is finished is in the journal."""
+        self._drain()
+        return {"cursor": self.cursor, "pending": sorted(self.pending)}
+
+    def close(self) -> None:
+        """Close the journal; twice is harmless."""
+        self._journal.close()
 
     def _capacity(self) -> int:
         """Groups that may be in flight or waiting for a step."""
@@ -249,18 +261,71 @@ class LiveSource:
 
     def _start(self, position: int) -> None:
         self._started.add(position)
+        if (group := self._kept.pop(position, None)) is not None and self._is_of_these_weights(group):
+            self._finished.append(group)
+            return
         index = prompt_at(position, len(self.problems), self.order_seed)
         self.worker.start(position, self.problems[index])
 
-    def _next(self, wanted: int) -> Iterable[Group]:
-        """Finished groups: all that are in flight, by position, where the order is decided; else whichever ends."""
-        timeout = self.settings.rollout_timeout_minutes * 60
+    def _is_of_these_weights(self, group: Group) -> bool:
+        """Where a step's groups are decided beforehand, weights of another version would have sampled others."""
+        versions = {version for rollout in group.rollouts for version, _ in rollout.weight_versions}
+        return not self.ordered or versions == {self.version}
+
+    def _next(self) -> Iterable[Group] | None:
+        """Finished groups: all that are in flight, by position, where the order is decided; else whichever ends.
+
+        None: a stop was asked for.
+        """
+        wanted = len(self.pending) if self.ordered else 1
+        while len(self._finished) < wanted:
+            group = self.worker.take(self.settings.rollout_timeout_minutes * 60, self.stop)
+            if group is None:
+                return None
+            self._keep(group)
         if not self.ordered:
-            return [self._finished.pop(0) if self._finished else self.worker.take(timeout)]
+            return [self._finished.pop(0)]
         found, self._finished = self._finished, []
-        while len(found) < len(self.pending):
-            found.append(self.worker.take(timeout))
         return sorted(found, key=lambda group: group.position)
+
+    def _drain(self) -> None:
+        """Take in all groups that have ended."""
+        while True:
+            try:
+                group = self.worker.take(timeout=0)
+            except TimeoutError:
+                return
+            assert group is not None
+            self._keep(group)
+
+    def _keep(self, group: Group) -> None:
+        """Have a group that the worker finished, also after a crash."""
+        self._journal.append(group.to_json())
+        self._finished.append(group)
+
+    def _rewrite_journal(self) -> None:
+        """Keep what is in no step's file."""
+        self._journal.close()
+        path = self._journal.path
+        fresh = path.with_name(f".{path.name}.tmp")
+        fresh.unlink(missing_ok=True)
+        with Journal(fresh) as journal:
+            for group in [*self._finished, *self._kept.values()]:
+                journal.append(group.to_json())
+        os.replace(fresh, path)
+        self._journal = Journal(path)
+
+    def _claim_journal(self) -> dict[int, Group]:
+        """Groups of the journal by position, without those that a step's file holds or that were handed out."""
+        path, kept = self.folder / JOURNAL, {}
+        for row in Journal.read(path):
+            try:
+                group = Group.from_json(row)
+            except ValueError as error:
+                raise ConfigError(f"{path}: {error}; remove it, and its groups are sampled again") from None
+            if group.position in self.pending or group.position >= self.cursor:
+                kept[group.position] = group
+        return kept
 
     def _sort_out(self, group: Group, groups: StepGroups) -> None:
         self.pending.discard(group.position)
@@ -283,6 +348,4 @@ class LiveSource:
                 self.pending |= set(range(self.cursor, position))
                 self.cursor = max(self.cursor, position + 1)
                 self.pending.discard(position)
-            taken = set(groups.positions)
-            self._finished = [group for group in self._finished if group.position not in taken]
         return saved

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -48,8 +48,11 @@ _MISMATCH_STEPS = 2
 """So many steps on end must exceed rl.max_mismatch_kl before the run stops."""
 
 
-def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
+def run(ctx: StageContext, model_dir: Path, prompts: Path, replay: Path | None = None) -> list[Path]:
     """Train `model_dir` on the problems of `prompts`; writes checkpoints/, rollouts/, samples/, metrics.jsonl and hf/.
+
+    Args:
+        replay: train on this folder's rollouts; by default on that of `rl.replay`, where it is set.
 
     Raises:
         ConfigError: settings that can't be carried out, or a stop rule (`rl.max_mismatch_kl`) that came true.
@@ -64,7 +67,7 @@ def run(ctx: StageContext, model_dir: Path, prompts: Path) -> list[Path]:
     checkpoint = ctx.cfg.rl.checkpoint
     ctx.stop_after(checkpoint.deadline_minutes, checkpoint.limit_margin_minutes)
     with contextlib.ExitStack() as stack:
-        loop = _Loop(ctx, model_dir, problems, stack)
+        loop = _Loop(ctx, model_dir, problems, replay or ctx.cfg.rl.replay, stack)
         if ctx.cfg.rl.rollouts_only:
             if ctx.rank == 0:
                 loop.sample_only()
@@ -78,7 +81,11 @@ def _check_place(cfg: RunConfig) -> None:
     """Refuse an engine that these processes can't hold."""
     settings = cfg.rl
     in_process = settings.replay is None and cfg.inference.engine == "vllm"
-    if in_process and launched_world_size() > 1 and not settings.rollouts_only:
+    if settings.rollouts_only and launched_world_size() > 1:
+        raise ConfigError(
+            f"rl.rollouts_only samples in one process, and {launched_world_size()} ranks were started; start one"
+        )
+    if in_process and launched_world_size() > 1:
         raise ConfigError(
             f"rl: {launched_world_size()} ranks train, and inference.engine=vllm would sample in one of their "
             "processes, which can't hold two process groups; set inference.engine=vllm-server, or rl.replay"
@@ -92,20 +99,27 @@ def _check_place(cfg: RunConfig) -> None:
 
 class _Loop:
     def __init__(
-        self, ctx: StageContext, model_dir: Path, problems: Sequence[Problem], stack: contextlib.ExitStack
+        self,
+        ctx: StageContext,
+        model_dir: Path,
+        problems: Sequence[Problem],
+        replay: Path | None,
+        stack: contextlib.ExitStack,
     ) -> None:
-        self.ctx, self.settings, self.problems = ctx, ctx.cfg.rl, problems
+        self.ctx, self.settings, self.problems, self.replay = ctx, ctx.cfg.rl, problems, replay
+        self.stack = stack
         self.style = PromptStyle.load(ctx.cfg.model.prompt_style)
         self.phrases = Phrases.load(ctx.cfg.clone.phrases)
-        self.rollouts = ctx.dir / "rollouts"
+        self.rollouts = ctx.dir / "rollouts" if replay is None else replay
         self.checkpoints = ctx.dir / "checkpoints"
         self.weights = make_weight_sync(self.settings.weight_sync, ctx.dir / "weights")
         self.tokens = 0
         self.best = -1.0
         self.mismatched_steps = 0
+        self.saved_step = 0
         self.worker: RolloutWorker | None = None
         self.engine: Engine | None = None
-        if self.settings.replay is None and ctx.rank == 0:
+        if replay is None and ctx.rank == 0:
             self._start_sampling(model_dir, stack)
         if not self.settings.rollouts_only:
             self.policy = PolicyTrainer(ctx, model_dir)
@@ -113,6 +127,7 @@ class _Loop:
     def _start_sampling(self, model_dir: Path, stack: contextlib.ExitStack) -> None:
         """The engine and what goes with it; before the trainer, which joins the process group that an engine makes."""
         cfg = self.ctx.cfg
+        reward = Reward(self.settings.reward)  # first: it may be refused
         self.pool = stack.enter_context(VerifierPool(cfg.verifier))
         trained = 0 if self.settings.rollouts_only else ranks_here()
         self.engine = make_engine(model_dir, cfg.inference, self.ctx.seed("rl"), self.ctx.log_dir, gpus_taken=trained)
@@ -121,7 +136,7 @@ class _Loop:
             self.engine,
             self.pool,
             self.style,
-            Reward(self.settings.reward),
+            reward,
             self.settings,
             seed_of=lambda position, sample, piece: self.ctx.seed("rl", position, sample, piece),
         )
@@ -134,15 +149,17 @@ class _Loop:
         first, state = 0, None
         if (found := self.policy.trainer.load_checkpoint(self.checkpoints)) is not None:
             first, state = found
+            self.saved_step = first
             self.tokens, self.best = int(state["tokens"]), float(state["best"])
             self.ctx.say(f"resumed after step {first}")
             self._push(first)  # before anything is sampled
-        elif self.settings.weight_check_every and self.settings.replay is None:
+        elif self.settings.weight_check_every and self.replay is None:
             self._check_weights(0)
         source = self._source(first, state)
         with self._log(first) as (log, progress):
             for step in range(first + 1, self.settings.num_steps + 1):
-                row = self._step(step, source)
+                if (row := self._step(step, source)) is None:  # a stop was asked for before its groups were there
+                    self._stop(step - 1, source, log)
                 log.log(step, **row)
                 progress.update(reward=f"{row['reward']:+.3f}", pass_rate=f"{row['pass_rate']:.2f}")
                 last, stop = step == self.settings.num_steps, self.policy.trainer.on_any_rank(self.ctx.stop_requested)
@@ -150,7 +167,7 @@ class _Loop:
                     log.sync()
                     self._save(step, source)
                 if stop and not last:
-                    raise CheckpointedExit(f"{self.ctx.label}: saved after step {step} of {self.settings.num_steps}")
+                    self._stop(step, source, log)
         self.ctx.count(tokens=self.tokens, steps=self.settings.num_steps, prompts=len(self.problems))
 
     def sample_only(self) -> None:
@@ -159,7 +176,8 @@ class _Loop:
         assert source is not None, "one process samples; there are no ranks"
         with self._log(0) as (log, progress):
             for step in range(1, self.settings.num_steps + 1):
-                groups = source.take(step)
+                if (groups := source.take(step)) is None:
+                    raise CheckpointedExit(f"{self.ctx.label}: sampled {step - 1} of {self.settings.num_steps} steps")
                 row = self._behaviour(groups)
                 log.log(step, **row)
                 progress.update(reward=f"{row['reward']:+.3f}", pass_rate=f"{row['pass_rate']:.2f}")
@@ -167,10 +185,12 @@ class _Loop:
                     raise CheckpointedExit(f"{self.ctx.label}: sampled {step} of {self.settings.num_steps} steps")
         self.ctx.count(tokens=self.tokens, steps=self.settings.num_steps, prompts=len(self.problems))
 
-    def _step(self, step: int, source: GroupSource | None) -> dict[str, Any]:
-        clock = _Clock(self.engine)
-        groups = tell_all(source.take(step) if source is not None else None)
-        assert groups is not None
+    def _step(self, step: int, source: GroupSource | None) -> dict[str, Any] | None:
+        """One whole step's numbers; None: a stop was asked for while its groups were being sampled."""
+        clock = _Clock(self.engine, self.worker)
+        groups: StepGroups | None = tell_all(source.take(step) if source is not None else None)
+        if groups is None:
+            return None
         clock.lap("generate")
         if self.ctx.rank == 0:
             write_samples(self.ctx.dir / "samples", step, groups.used, self.problems)
@@ -180,7 +200,7 @@ class _Loop:
         clock.lap("train")
         validation = self.settings.validation
         validates = validation is not None and step % validation.every_steps == 0
-        if self.settings.replay is None and (step < self.settings.num_steps or validates):
+        if self.replay is None and (step < self.settings.num_steps or validates):
             self._push(step)
         clock.lap("push")
         row = {**self._behaviour(groups), **trained}
@@ -190,16 +210,23 @@ class _Loop:
         if self.worker is not None:
             row["event_loop_lag_seconds"] = round(self.worker.event_loop_lag_seconds, 3)
             self.worker.event_loop_lag_seconds = 0.0
-        return {**row, "tokens": self.tokens, **clock.summary()}
+        return {**row, "tokens": self.tokens, **clock.summary(row["sampled_tokens"])}
+
+    def _stop(self, step: int, source: GroupSource | None, log: Metrics) -> NoReturn:
+        """End the stage after `step`, so that it can go on from there."""
+        if step > self.saved_step:
+            log.sync()
+            self._save(step, source)
+        raise CheckpointedExit(f"{self.ctx.label}: saved after step {step} of {self.settings.num_steps}")
 
     def _source(self, first: int, state: dict[str, Any] | None) -> GroupSource | None:
         """Where groups come from; None on the ranks that are told."""
         if self.ctx.rank != 0:
             return None
-        if self.settings.replay is not None:
-            return ReplaySource(self.settings.replay, self.settings)
+        if self.replay is not None:
+            return ReplaySource(self.replay, self.settings)
         assert self.worker is not None
-        return LiveSource(
+        source = LiveSource(
             self.worker,
             self.problems,
             self.settings,
@@ -207,7 +234,10 @@ class _Loop:
             order_seed=self.ctx.seed("rl", "order"),
             step=first,
             state=state,
+            stop=lambda: self.ctx.stop_requested,
         )
+        self.stack.callback(source.close)
+        return source
 
     def _push(self, version: int) -> None:
         """Sampling is held only while the weights are replaced."""
@@ -232,6 +262,7 @@ class _Loop:
         self.policy.trainer.save_checkpoint(
             self.checkpoints, step, state, checkpoint.keep_last, keep_every=checkpoint.keep_every
         )
+        self.saved_step = step
 
     def _check_health(self, step: int, trained: dict[str, Any]) -> None:
         """Stop before a spoilt model overwrites a good checkpoint, or when the two halves disagree."""
@@ -298,13 +329,14 @@ class _Loop:
 
 
 class _Clock:
-    """Seconds between laps as `NAME_seconds`, and how much of the whole the engine stood idle."""
+    """Seconds between laps as `NAME_seconds`, and how much of the whole each side stood idle."""
 
-    def __init__(self, engine: Engine | None) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine | None, worker: RolloutWorker | None) -> None:
+        self._engine, self._worker = engine, worker
         self._laps: dict[str, float] = {}
         self._began = self._last = time.monotonic()
         self._busy = engine.stats.busy_seconds if engine else 0.0
+        self._verify = worker.verify_seconds if worker else 0.0
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under `name`."""
@@ -312,11 +344,19 @@ class _Clock:
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
-    def summary(self) -> dict[str, float]:
-        """Seconds by lap, of the whole step, and the engine's idle share."""
+    def summary(self, sampled_tokens: float) -> dict[str, float]:
+        """Seconds by lap and of the whole step, tokens a second, idle shares of engine and trainer.
+
+        The trainer is idle while it waits for groups. Verifying overlaps with sampling: `verify_seconds` is how long
+        anything at all was being judged.
+        """
         total = self._last - self._began
         row = {f"{name}_seconds": round(seconds, 3) for name, seconds in self._laps.items()}
         row["step_seconds"] = round(total, 3)
+        row["tokens_per_second"] = round(sampled_tokens / total, 2) if total else 0.0
+        row["trainer_idle_share"] = round(self._laps.get("generate", 0.0) / total, 4) if total else 0.0
+        if self._worker is not None:
+            row["verify_seconds"] = round(self._worker.verify_seconds - self._verify, 3)
         if self._engine is not None:
             busy = self._engine.stats.busy_seconds - self._busy
             row["engine_idle_share"] = round(max(0.0, 1 - busy / total), 4) if total else 0.0

@@ -10,7 +10,13 @@ import torch
 
 from astro_hpc.config import ConfigError
 from astro_hpc.rl.batches import RolloutBatch
-from astro_hpc.rl.objective import importance_weights, mismatch_gauges, mismatch_sums, policy_loss
+from astro_hpc.rl.objective import (
+    importance_weights,
+    kl_penalty,
+    mismatch_gauges,
+    mismatch_sums,
+    policy_loss,
+)
 from astro_hpc.run.stage import StageContext
 from astro_hpc.training.packing import PackedBatch, masked_copy
 from astro_hpc.training.trainer import Trainer
@@ -52,7 +58,11 @@ class PolicyTrainer:
             self.trainer.remember_reference()
 
     def train(self, batch: RolloutBatch, clock: Clock) -> dict[str, Any]:
-        """One optimizer step a mini-batch. The old log-probabilities are those of the weights before the first."""
+        """One optimizer step a mini-batch. The old log-probabilities are those of the weights before the first.
+
+        A mini-batch without signal has nothing to learn from: weights and moments stay as they are, but the schedule
+        moves on, so that its position follows from the number of steps alone.
+        """
         packs = [self._mine(packs) for packs in batch.mini_batches]
         clock.lap("prepare")
         # With one optimizer step the policy is the old policy while its gradient is taken.
@@ -79,10 +89,12 @@ class PolicyTrainer:
                 self.objective,
                 extras.get("reference_logprobs"),
             )
-            sums = mismatch_sums(old, engine, responses, self.objective)
-            return loss, {**sums, "clipped": float(clipped.sum()), "surprise": float(-engine.sum())}
+            sums = {**mismatch_sums(old, engine, responses, self.objective), "clipped": float(clipped.sum())}
+            if "reference_logprobs" in extras:
+                sums["reference_kl"] = float(kl_penalty(new.detach(), extras["reference_logprobs"], "k3").sum())
+            return loss, sums
 
-        rows = [self.trainer.train_step(mine, loss_fn) for mine in packs if mine]
+        rows = [self.trainer.train_step(mine, loss_fn) if mine else self.trainer.skip_step() for mine in packs]
         return _summary(rows)
 
     def _mine(self, packs: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -109,15 +121,14 @@ def _summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
         for name, value in row.items():
             sums[name] = max(sums.get(name, 0.0), value) if name.startswith("max_") else sums.get(name, 0.0) + value
     tokens = int(sums.get("mismatch_tokens", 0))
-    if not rows:  # no group had a signal
-        return {"trained_tokens": 0, **mismatch_gauges({})}
-    return {
+    row = {
         "loss": sums["loss"],
         "grad_norm": max(row["grad_norm"] for row in rows),
         "lr": rows[-1]["lr"],
         "trained_tokens": tokens,
-        "clipped_share": sums["clipped"] / max(tokens, 1),
-        # Of sampled tokens: an unbiased estimate of the policy's entropy, nats a token.
-        "entropy": sums["surprise"] / max(tokens, 1),
+        "clipped_share": sums.get("clipped", 0.0) / max(tokens, 1),
         **mismatch_gauges(sums),
     }
+    if "reference_kl" in sums:
+        row["reference_kl"] = sums["reference_kl"] / max(tokens, 1)
+    return row

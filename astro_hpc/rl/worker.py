@@ -29,6 +29,8 @@ T = TypeVar("T")
 SeedOf = Callable[[int, int, int], int]
 """(position, sample, piece) -> seed."""
 _TICK_SECONDS = 0.05
+_POLL_SECONDS = 0.2
+"""How often a wait for a group looks whether a stop was asked for."""
 
 
 class RolloutWorker:
@@ -66,6 +68,7 @@ class RolloutWorker:
         self._in_flight: dict[int, asyncio.Task[None]] = {}
         self._sampling = 0
         self._judging = 0
+        self._verifying = _Busy()
         self.event_loop_lag_seconds = 0.0
         """The longest that the loop was late since this was last set to 0."""
         self._loop = asyncio.new_event_loop()
@@ -80,24 +83,37 @@ class RolloutWorker:
         """Begin the group of the prompt at `position`."""
         self._call(self._begin(position, problem))
 
-    def take(self, timeout: float) -> Group:
+    def take(self, timeout: float, stop: Callable[[], bool] = lambda: False) -> Group | None:
         """The next finished group, in the order in which groups end.
+
+        Args:
+            timeout: in seconds; 0 takes one that is there.
+            stop: asked all the time while waiting.
+
+        Returns:
+            None once `stop()` is true.
 
         Raises:
             TimeoutError: none ended within `timeout` seconds; says what is being waited for.
-            Exception: what went wrong in the engine or the verifier.
+            Exception: what went wrong in the engine, the verifier or the reward.
         """
-        try:
-            found = self._finished.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError(
-                f"no group of responses was finished within {timeout / 60:.1f} minutes "
-                f"(rl.rollout_timeout_minutes): {len(self._in_flight)} groups in flight, waiting for {self._sampling} "
-                f"samples of the engine and {self._judging} verdicts"
-            ) from None
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        deadline = time.monotonic() + timeout
+        while not stop():
+            left = deadline - time.monotonic()
+            try:
+                found = self._finished.get(timeout=max(0.0, min(left, _POLL_SECONDS)))
+            except queue.Empty:
+                if left > 0:
+                    continue
+                raise TimeoutError(
+                    f"no group of responses was finished within {timeout / 60:.1f} minutes "
+                    f"(rl.rollout_timeout_minutes): {len(self._in_flight)} groups in flight, waiting for "
+                    f"{self._sampling} samples of the engine and {self._judging} verdicts"
+                ) from None
+            if isinstance(found, BaseException):
+                raise found
+            return found
+        return None
 
     def hold(self, timeout: float) -> None:
         """Begin no piece of a response any more, and wait until those under way have ended.
@@ -116,6 +132,11 @@ class RolloutWorker:
     def go_on(self) -> None:
         """Sample again."""
         self._loop.call_soon_threadsafe(self._may_sample.set)
+
+    @property
+    def verify_seconds(self) -> float:
+        """How long verdicts and rewards were being waited for, altogether; sampling may have gone on meanwhile."""
+        return self._verifying.seconds
 
     def close(self) -> None:
         """Drop what is in flight and end the thread; twice is harmless."""
@@ -177,11 +198,13 @@ class RolloutWorker:
         if len(versions) > 1:
             text = self._engine.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._judging += 1
+        self._verifying.enter()
         try:
             verdict = await self._pool.averify(problem, text)
-            reward = await asyncio.to_thread(self._reward, problem, text, verdict)
+            reward = await self._reward.score(problem, text, verdict)
         finally:
             self._judging -= 1
+            self._verifying.leave()
         return Rollout(
             problem_id=problem.id,
             prompt_token_ids=prompt,
@@ -220,6 +243,30 @@ class RolloutWorker:
             due = time.monotonic() + _TICK_SECONDS
             await asyncio.sleep(_TICK_SECONDS)
             self.event_loop_lag_seconds = max(self.event_loop_lag_seconds, time.monotonic() - due)
+
+
+class _Busy:
+    """How long at least one of several things that overlap was going on."""
+
+    def __init__(self) -> None:
+        self._count, self._since, self._seconds = 0, 0.0, 0.0
+
+    def enter(self) -> None:
+        """One begins."""
+        if self._count == 0:
+            self._since = time.monotonic()
+        self._count += 1
+
+    def leave(self) -> None:
+        """One ends."""
+        self._count -= 1
+        if self._count == 0:
+            self._seconds += time.monotonic() - self._since
+
+    @property
+    def seconds(self) -> float:
+        """Up to now; approximate when another thread asks."""
+        return self._seconds + (time.monotonic() - self._since if self._count else 0.0)
 
 
 def _merged(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

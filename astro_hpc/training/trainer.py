@@ -118,6 +118,12 @@ class Trainer:
         totals = _sum_dicts(outputs)
         return {**_reduce_metrics(totals), "grad_norm": float(grad_norm), "lr": lr}
 
+    def skip_step(self) -> dict[str, float]:
+        """What `train_step` gives where there is nothing to train on: the schedule moves on, nothing else changes."""
+        self.scheduler.step(increment=1)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": lr}
+
     def evaluate(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFunction) -> dict[str, float]:
         """What `train_step` would give for loss and the sums of what `loss_fn` returned; nothing is trained."""
         with megatron_device(), torch.no_grad():
