@@ -1,4 +1,4 @@
-"""More of what a cluster does: a full disk, PreemptMode=CANCEL, scancel, a bad node; SFT's time limit and dead node.
+"""More of what a cluster does: a full disk, PreemptMode=CANCEL, scancel, a bad node; training cut short.
 
 Nothing is lost, nothing is done twice, and the graph finishes.
 """
@@ -8,13 +8,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from slurm_box import Run, load_sandbox_module
+
+from astro_hpc.config.schema import SignsSource
+from astro_hpc.problems.sources import load_source
+from astro_hpc.rl.rollouts import Group, Rollout
+from astro_hpc.rl.source import StepGroups, step_file
+from astro_hpc.run.files import Journal, write_jsonl_atomic
+from astro_hpc.run.metrics import read_metrics
 
 SLOW_SEARCH = {"num_iterations": 600, "num_expansions": 4, "num_rollouts": 4, "trees_in_flight": 1}
 _DISK_KIB = 2048
@@ -41,6 +52,134 @@ def box(small_disk):
     sandbox.up()
     yield sandbox
     sandbox.down()
+
+
+# --- training that its time limit stops, begun first: Slurm looks at limits seldom --------------------------------
+
+_RESULTS = ("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens")
+_FROZEN_AT = 2  # steps
+
+
+def _sft_run(box, folder: Path, model: Path) -> Run:
+    """Some hundred quick steps of SFT on random sums; the data is all that the stage needs of those before it."""
+    sft = {"num_epochs": 24, "seq_length": 48, "global_batch_size": 2, "checkpoint": {"every_steps": 500}}
+    return _training_run(box, folder, model, "sft", sft=sft)
+
+
+def _rl_run(box, folder: Path, model: Path) -> Run:
+    """Some hundred quick steps of RL on rollouts that are there already: no engine, the same trainer and loop."""
+    folder.mkdir()
+    draw = random.Random(0)
+    for step in range(1, 201):
+        groups = []
+        for position in (2 * step - 2, 2 * step - 1):
+            rollouts = []
+            for reward in (0.0, 1.0):
+                ids = tuple(draw.randrange(3, 40_000) for _ in range(6))
+                words = {"problem_id": str(position), "text": "", "outcome": "right" if reward else "wrong"}
+                known = {"prompt_token_ids": (5, 6, 7), "logprobs": (-10.0,) * 6, "weight_versions": ((step - 1, 6),)}
+                rollouts.append(Rollout(**words, **known, token_ids=ids, reward=reward, truncated=False))
+            groups.append(Group(position, tuple(rollouts)))
+        path = step_file(folder / "rollouts", step)
+        path.parent.mkdir(exist_ok=True)
+        StepGroups(used=groups).save(path)
+    rl = {"num_steps": 200, "prompts_per_step": 2, "group_size": 2, "max_response_tokens": 8, "seq_length": 64}
+    rl |= {"replay": str(folder / "rollouts"), "checkpoint": {"every_steps": 500}, "max_mismatch_kl": None}
+    return _training_run(box, folder, model, "rl", rl=rl)
+
+
+def _training_run(box, folder: Path, model: Path, stage: str, **settings: object) -> Run:
+    folder.mkdir(exist_ok=True)
+    model_settings = {"path": str(model), "prompt_style": "minimal-chat"}
+    small = {"inference": {"engine": "scripted", "max_model_len": 64}, "precision": {"dtype": "fp32"}}
+    run = Run(box, folder, model=model_settings, **small, **settings)
+    text = run.cluster().replace("00:10:00", "00:01:00").replace("signal_seconds: 20", "signal_seconds: 15")
+    run.write_cluster(text.replace("exclusive: false", "exclusive: true"))
+    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(8) for b in range(12)]
+    for name in ("traces", "sft/astro", "select/astro"):
+        if stage == "rl" or name == "traces":
+            (run.dir / name).mkdir(parents=True)
+            (run.dir / name / "manifest.json").write_text("{}")
+    (run.dir / "traces" / "astro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if stage == "rl":
+        (run.dir / "sft" / "astro" / "hf").symlink_to(model)
+        prompts = load_source(SignsSource(count=4, split="train"))
+        write_jsonl_atomic(run.dir / "select" / "astro" / "prompts.jsonl", (each.to_json() for each in prompts))
+    return run
+
+
+def _steps(run: Run, stage: str) -> int:
+    path = run.dir / stage / "astro" / "metrics.jsonl"
+    return len(read_metrics(path)) if path.exists() else 0
+
+
+def _process_of(box, run: Run, stage: str) -> int | None:
+    for pid in load_sandbox_module().processes_of(box.dir):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if str(run.dir).encode() in b" ".join(words) and words[1:4] == [b"-m", b"astro_hpc", stage.encode()]:
+                return pid
+    return None
+
+
+def _freeze(box, run: Run, stage: str, step: int) -> int | None:
+    """Stop the stage's process once it has done `step` steps, for it would be done in no time; its number.
+
+    None: on a busy machine its time limit came before, and it has saved.
+    """
+    deadline, saved = time.monotonic() + 200, _saved(run, stage)
+    while True:
+        if _steps(run, stage) >= step and (pid := _process_of(box, run, stage)) is not None:
+            os.kill(pid, signal.SIGSTOP)
+            return pid
+        assert time.monotonic() < deadline, run.logs()
+        assert _ended(run, f"{stage}-astro")[0] in ("", "requeued"), run.logs()
+        if _saved(run, stage) != saved:
+            return None
+        if list(run.dir.glob("jobs/ended/*")):
+            run.hurry()
+        time.sleep(0.02)
+
+
+def _saved(run: Run, stage: str) -> tuple[bool, str]:
+    """Whether the last attempt that ended was told to stop and saved, and which it was."""
+    verdict, code, attempt, *_ = _ended(run, f"{stage}-astro")
+    return (verdict, code) == ("requeued", "75"), attempt
+
+
+def _thaw_when_told(pid: int) -> None:
+    """Let the process go on once Slurm's signal waits for it."""
+    with contextlib.suppress(OSError):
+        while True:
+            text = Path(f"/proc/{pid}/status").read_text()
+            if int(text.partition("ShdPnd:")[2].split()[0], 16) & 1 << signal.SIGUSR1 - 1:
+                os.kill(pid, signal.SIGCONT)
+                return
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def trained(box, tiny_llama, tmp_path_factory) -> dict[str, tuple[Run, Run]]:
+    """By stage: a run that is frozen until its time limit comes, and one that nothing happens to."""
+    folder = tmp_path_factory.mktemp("training")
+    made: dict[str, Callable[..., Run]] = {"sft": _sft_run, "rl": _rl_run}
+    cut = {stage: make(box, folder / f"{stage}-cut", tiny_llama) for stage, make in made.items()}
+    whole = {stage: make(box, folder / f"{stage}-whole", tiny_llama) for stage, make in made.items()}
+    for stage, run in cut.items():
+        run.launch("--stages", stage)
+    for stage, run in cut.items():
+        pid = _freeze(box, run, stage, _FROZEN_AT)
+        if pid is not None:
+            threading.Thread(target=_thaw_when_told, args=(pid,), daemon=True).start()
+    for stage, run in whole.items():
+        run.write_cluster(run.cluster().replace("00:01:00", "00:10:00"))
+        run.launch("--stages", stage)
+    return {stage: (cut[stage], whole[stage]) for stage in made}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _begin_training(trained) -> None:
+    """Before the other tests, so that they pass while Slurm waits for the limit."""
 
 
 def _ended(run: Run, work: str) -> list[str]:
@@ -147,3 +286,35 @@ def test_a_bad_node_is_named_and_the_job_goes_on_without_it(box, tmp_path):
     run.launch("--stages", "search")
     assert "--exclude=n1" in (run.dir / "jobs" / "search.sbatch").read_text(), "later launches keep off it too"
     run.wait(lambda: not run.queued())
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_training_stopped_by_its_time_limit_and_a_dead_node_computes_the_same(stage, box, trained):
+    run, whole = trained[stage]
+    work = f"{stage}-astro"
+    run.wait(lambda: _saved(run, stage)[0] or not run.hurry(), seconds=150)
+    [submitted] = Journal.read(run.dir / "jobs" / "submitted.jsonl")
+    box.run("scontrol", "update", f"jobid={submitted['id']}", "TimeLimit=00:20:00")
+    saved = _steps(run, stage)
+    assert 0 < saved < 190
+    assert list((run.dir / stage / "astro" / "checkpoints").glob("step_*")), "saved before the limit"
+    if stage == "sft":
+        while (pid := _freeze(box, run, stage, saved + 1)) is None:
+            pass
+        node = box.run("squeue", "-h", "-j", submitted["id"], "-o", "%N").strip()
+        box.kill_node(node)
+        run.wait(lambda: "PENDING" in run.queued(), seconds=90)
+        assert not Path(f"/proc/{pid}").exists()
+        box.start_node(node)
+    run.wait(lambda: run.hurry() and not run.queued(), seconds=150)
+    whole.wait(seconds=150)
+    states = run.status()[work], whole.status()[work]
+    assert [state["state"] for state in states] == ["done", "done"], run.logs()
+    assert int(_ended(run, work)[2]) >= (2 if stage == "sft" else 1)
+    assert "going on where attempt" in run.logs()
+    found, expected = (read_metrics(each.dir / stage / "astro" / "metrics.jsonl") for each in (run, whole))
+    assert [[row.get(name) for name in _RESULTS] for row in found] == [
+        [row.get(name) for name in _RESULTS] for row in expected
+    ]
+    manifests = [json.loads((each.dir / stage / "astro/hf/manifest.json").read_text()) for each in (run, whole)]
+    assert manifests[0]["sha256"] == manifests[1]["sha256"]
