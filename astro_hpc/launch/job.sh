@@ -11,7 +11,7 @@ if [ "${ENGINE_NODES:-0}" -gt 0 ]; then  # the first nodes train; the last ones 
     SERVE_STEP=("${STEP[@]}" --nodes=$ENGINE_NODES --relative=$TRAIN_NODES --ntasks=$((ENGINE_NODES * SERVERS))
         --ntasks-per-node=$SERVERS --overcommit --cpus-per-task=$((1 + (SLURM_CPUS_ON_NODE - 1) / SERVERS)))
     STEP+=(--nodes=$TRAIN_NODES --relative=0 --ntasks=$((TRAIN_NODES * RANKS)) --ntasks-per-node=$RANKS)
-    PORT=$((20000 + SLURM_JOB_ID * 16 % 12000))  # of the first server; the others' follow
+    PORT=$((20000 + (SLURM_JOB_ID + RANDOM) * 16 % 12000))  # of the first server; the others' follow
     ASTRO_HPC_SERVERS=
     for ((number = 0; number < ENGINE_NODES * SERVERS; number++)); do
         address="http://${NODES[TRAIN_NODES + number / SERVERS]}:$((PORT + number))"
