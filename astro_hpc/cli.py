@@ -332,7 +332,7 @@ def status(
                 print(json.dumps([state.to_json() for state in states], indent=2))
             else:
                 print_states(states, bad_nodes(cfg.run_dir))
-            return any(state.counts.get(name) for state in states for name in ("running", "pending"))
+            return any(state.counts.get(name) for state in states for name in ("running", "pending", "unknown"))
         rows = run_status(cfg)
         if again:
             click.clear()

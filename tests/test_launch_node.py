@@ -45,10 +45,14 @@ def test_the_first_node_names_the_silent_one_and_the_one_whose_clock_is_off(tmp_
     assert reports[4].reason == "nothing heard from it within 1 s"
 
 
-def test_a_node_that_does_not_see_the_others_files_is_bad(tmp_path):
+def test_a_node_that_sees_nobody_blames_nobody_and_a_silent_first_one_is_named_by_the_others(tmp_path):
     [report] = check_node("n2", ["n1", "n2"], tmp_path / "not-shared", QUICK)
-    assert report.verdict == "bad"
-    assert "what n1 writes isn't seen here" in report.reason
+    assert report.verdict == "unsure", "n1, which sees nothing of n2, will say so"
+    [report] = check_node("n1", ["n1", "n2", "n3"], tmp_path / "not-shared-either", QUICK)
+    assert report.verdict == "unsure", "n2 and n3, which see each other, will name n1"
+    canary(tmp_path / "meet", "n3", 0.0)
+    reports = check_node("n2", ["n1", "n2", "n3"], tmp_path / "meet", QUICK)
+    assert [report.line() for report in reports] == ["bad n1 nothing heard from it within 1 s", "ok n2"]
     (tmp_path / "file").write_text("")
     [report] = check_node("n1", ["n1", "n2"], tmp_path / "file" / "folder", QUICK)
     assert report.line().startswith("bad n1 shared folder: ")

@@ -82,7 +82,9 @@ def test_kill_requeue_dead_node_preemption_and_a_new_controller_lose_nothing(box
 
 def test_what_fails_the_same_way_twice_stops_with_its_reason(box, tmp_path):
     run = Run(box, tmp_path, shards=1)
-    broken = r"srun() { command srun bash -c 'echo ValueError: broken; exit 3'; }"
+    # What every attempt writes anew, as a search does before its engine starts, is no progress.
+    anew = 'mkdir -p "$OUTPUT"; date > "$OUTPUT/problems.json"; date >> "$OUTPUT/attempts.jsonl"'
+    broken = f"srun() {{ {anew}; command srun bash -c 'echo ValueError: broken; exit 3'; }}"
     run.write_cluster(run.cluster() + f"setup: [{json.dumps(broken)}]\n")
     run.launch("--stages", "search,gather")
     run.wait(lambda: run.hurry() and not run.queued())

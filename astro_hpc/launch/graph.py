@@ -36,7 +36,7 @@ class Job:
 
     Attributes:
         name: unique in the run, for instance `sft-astro`.
-        stage: whose section of the cluster file it follows.
+        stage: which part of the run it belongs to, as `--stages` names it.
         command: arguments of astro-hpc; CONFIG, RUN, SHARD, NUM_SHARDS and ARM stand for values of its script.
         after: names of the jobs whose results it reads.
         resources: nodes, GPUs, time and so on.

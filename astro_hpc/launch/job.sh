@@ -43,12 +43,15 @@ requeue() {  # with what else is to change about the job, if anything
     [ -z "$step" ] || wait $step
     exit $code
 }
+made_progress() {  # journals and checkpoints that this attempt wrote; what every attempt writes anew is none
+    [ $code != 73 ] && [[ $WORK != *gather* ]] && [ "$(find -H "$OUTPUT" -type f -newer "$LOG/started" -size +0 \
+        \( -name trees.jsonl -o -name records.jsonl -o -name rates.jsonl -o -name graded.jsonl -o -name '*.journal' \
+        -o -path '*/checkpoints/step_*' \) -print -quit 2>/dev/null)" ]
+}
 try_again() {  # unless it failed so often without progress, or twice the same way
-    # Files written since the start are progress; a failure that comes back without any is not transient.
-    if [ "$(find -H "$OUTPUT" -type f -newer "$LOG/started" ! -name '.*' ! -name state.json ! -name '*.log' \
-        ! -name metrics.jsonl ! -name 'events.*' -print -quit 2>/dev/null)" ]; then rm -f "$ENDED.failures"; fi
+    ! made_progress || rm -f "$ENDED.failures"
     before=$(tail -n 1 "$ENDED.failures" 2>/dev/null)
-    echo "$code $reason" >> "$ENDED.failures"
+    echo "$code $reason" >> "$ENDED.failures" || requeue  # a full disk: nothing can be counted but the attempts
     [ "$before" != "$code $reason" ] || [ "$1" = passing ] || return
     [ "$(wc -l < "$ENDED.failures")" -ge "$MAX_FAILURES" ] || requeue
 }
@@ -75,7 +78,9 @@ ended_by_slurm() {  # TERM; the step has it too, and saves
     exit $code
 }
 decide() {  # by the exit code, what becomes of the job
-    last_lines=$(tail -qn 3 "$LOG"/nodes.txt "$LOG"/rank-*.log 2>/dev/null | grep '[[:alnum:]]' | grep -v '^.── ')
+    last_lines=$(for log in "$LOG"/nodes.txt "$LOG"/rank-*.log; do  # of anything, of any length
+        tail -c 4000 "$log" 2>/dev/null | tr '\r' '\n' | tr -d '\000-\010\013-\037' | tail -n 3 | cut -c 1-500
+    done | grep -a '[[:alnum:]]' | grep -av '^.── ')
     reason=$(grep -m 1 -i -e '^astro-hpc: ' -e '^bad ' -e '^[a-z_.]*Error' -e '^[a-z_.]*Exception' -e killed \
         <<< "$last_lines")
     reason=${reason:-$(tail -n 1 <<< "$last_lines")}
@@ -108,7 +113,7 @@ trap ended_by_slurm TERM
 
 code=74 step= reason="$RUN can't be written"
 if ! mkdir -p "$LOG" "$RUN/jobs/ended" || ! touch "$LOG/started"; then
-    [ "$ATTEMPT" -ge "$MAX_FAILURES" ] || requeue
+    requeue
     exit $code
 fi
 [ "$ATTEMPT" = 0 ] && rm -f "$ENDED.failures"

@@ -34,12 +34,13 @@ export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1
 export ASTRO_HPC_PARENT=$$  # a stage ends with this script, however that ends
 trap 'cancelled=1; kill -TERM $child' TERM
 end() {{  # a record for `astro-hpc status`
-    reason=$(tail -n 1 "$LOG/rank-0.log")
+    reason=$(tail -c 4000 "$LOG/rank-0.log" |
+        tr '\\r' '\\n' | tr -d '\\000-\\010\\013-\\037' | tail -n 1 | cut -c 1-500)
     printf '%s\\n' "$1" "$code" "$attempt" "$HOSTNAME" local "$LOG" "$reason" > "$RUN/jobs/ended/$WORK"
 }}
 do_stage() {{
     for ((attempt = 0; ; attempt++)); do
-        LOG=$RUN/logs/$WORK/job-local.attempt-$attempt
+        LOG=$RUN/logs/$WORK/job-local-$$.attempt-$attempt
         mkdir -p "$LOG" && echo "$WORK" > "$RUN/jobs/local.now"
         env "${{ENV[@]}}" {python} -m astro_hpc "$@" > "$LOG/rank-0.log" 2>&1 &
         child=$!
@@ -77,7 +78,7 @@ def run_here(
         for task in tasks:
             lines.append(f"WORK={work_name(job, task)}")
             lines.append(f"do_stage {' '.join(command_words(job, shard=str(task)))}")
-    script = run / "jobs" / "local.sh"
+    script = _script(run)
     write_text_atomic(script, "\n".join(lines) + "\n")
     if dry_run or not steps:
         return
@@ -144,6 +145,11 @@ def cancel_here(run: Path, seconds: float = 60.0) -> list[str]:
     return [f"local process {leader}"]
 
 
+def _script(run: Path) -> Path:
+    """Its name in the command line of the launch; the same by whichever link one comes."""
+    return run.resolve() / "jobs" / "local.sh"
+
+
 def _leader(run: Path) -> int | None:
     """The process of the local launch that runs, and its group; None: none does."""
     try:
@@ -154,6 +160,6 @@ def _leader(run: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
         pid = int((run / "jobs" / "local.pid").read_text())
         # The lock may be held by another launch that is only looking; the number may be somebody else's by now.
-        if str(run / "jobs" / "local.sh").encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        if str(_script(run)).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             return pid
     return None

@@ -82,8 +82,8 @@ def check_node(node: str, nodes: Sequence[str], folder: Path, limits: NodeLimits
         folder: on the shared file system, of this attempt alone; made when absent.
 
     Returns:
-        On the first of `nodes` one report a node; elsewhere this node's own. A node is bad when a check of its own
-        fails, when nothing was heard of it in time, or when its clock is off.
+        On the first of `nodes` one report a node; elsewhere this node's own, and the first's where that is silent. A
+        node is bad when a check of its own fails, when nothing was heard of it in time, or when its clock is off.
     """
     rows = [*local_disk(limits), *gpus(limits)]
     canary = {"node": node, "time": time.time(), "checks": [asdict(row) for row in rows]}
@@ -96,11 +96,14 @@ def check_node(node: str, nodes: Sequence[str], folder: Path, limits: NodeLimits
     if len(nodes) == 1:
         return [own]
     seen = _wait_for(nodes, folder, limits.wait)
-    if node not in seen or (nodes[0] not in seen and node != nodes[0]):
-        found = f"{folder}: what {nodes[0]} writes isn't seen here"
-        rows.append(Check("shared folder", "fail", found, "mount the same file system on all nodes"))
-        return [_judge(node, rows)]
-    reports = _judge_all(nodes, seen, limits)
+    others, first = {*seen} - {node}, nodes[0]
+    silent = f"nothing heard from it within {limits.wait:.0f} s"
+    if own.verdict == "ok" and not others and (node != first or len(nodes) > 2):
+        # Either this one sees no shared folder, which the others will say, or they have all gone.
+        return [NodeReport(node, "unsure", f"{folder}: nothing that other nodes write is seen here", rows)]
+    if first not in seen and node != first:  # it would speak for all
+        return [NodeReport(first, "bad", silent), own]
+    reports = _judge_all(nodes, seen, limits, silent)
     if limits.all_reduce and all(report.verdict == "ok" for report in reports):
         why = _all_reduce(nodes.index(node), len(nodes), folder, limits.wait)
         if why:
@@ -116,14 +119,16 @@ def _judge(node: str, rows: list[Check]) -> NodeReport:
     return NodeReport(node, "bad" if failed else "ok", "; ".join(failed), rows)
 
 
-def _judge_all(nodes: Sequence[str], seen: dict[str, dict[str, Any]], limits: NodeLimits) -> list[NodeReport]:
+def _judge_all(
+    nodes: Sequence[str], seen: dict[str, dict[str, Any]], limits: NodeLimits, silent: str
+) -> list[NodeReport]:
     """Of every node, by what it left. A clock is held against the middle of all, so that one that is off stands out."""
     clocks = sorted(float(each["skew"]) for each in seen.values())
     middle = clocks[len(clocks) // 2]
     reports = []
     for node in nodes:
         if node not in seen:
-            reports.append(NodeReport(node, "bad", f"nothing heard from it within {limits.wait:.0f} s"))
+            reports.append(NodeReport(node, "bad", silent))
             continue
         rows = [Check(**row) for row in seen[node]["checks"]]
         off = float(seen[node]["skew"]) - middle

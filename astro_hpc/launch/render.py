@@ -193,7 +193,8 @@ def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
         if job.stage != "rl":  # vLLM's memory pool can't live with it
             lines.append("export PYTORCH_ALLOC_CONF=expandable_segments:True")
     if cluster.network_interface:
-        lines += [f"export {library}_SOCKET_IFNAME={cluster.network_interface}" for library in ("NCCL", "GLOO")]
+        lines.append(f"export NCCL_SOCKET_IFNAME={cluster.network_interface}")
+        lines.append("export GLOO_SOCKET_IFNAME=$NCCL_SOCKET_IFNAME")
     lines += [f"export {name}={_quote(value)}" for name, value in resources.environment.items()]
     # Last: whatever sets it above is kept, for functions of the user's own.
     lines.append('export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1  # this code before any other')

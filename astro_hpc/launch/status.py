@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from astro_hpc.config.base import ConfigError
@@ -24,9 +24,9 @@ from astro_hpc.launch.submit import SUBMITTED, run_key, tasks_done
 from astro_hpc.run.files import Journal
 from astro_hpc.run.progress import format_seconds
 
-STATES = ("done", "running", "pending", "failed", "waiting")
-"""Of a task: its results are there; Slurm runs it; Slurm has it queued; it left the queue without results; not yet
-submitted."""
+STATES = ("done", "running", "pending", "failed", "unknown", "waiting")
+"""Of a task: its results are there; Slurm runs it; Slurm has it queued; it left the queue without results; it was
+submitted, and Slurm can't be asked about it; not yet submitted."""
 _ENDED_FIELDS = ("verdict", "exit_code", "attempt", "node", "task_id", "log", "reason")
 
 
@@ -64,7 +64,7 @@ class JobState:
     @property
     def state(self) -> str:
         """The job's own state: the most urgent of its tasks'."""
-        order = ("running", "failed", "pending", "waiting", "done")
+        order = ("running", "failed", "pending", "unknown", "waiting", "done")
         return next(state for state in order if self.counts.get(state) or state == "done")
 
     def to_json(self) -> dict[str, Any]:
@@ -88,36 +88,40 @@ def job_states(cfg: RunConfig) -> list[JobState]:
     jobs = build_graph(cfg, cluster)
     done = {job.name: tasks_done(run, job) for job in jobs}
     past: dict[str, str] = {}
+    silence: str | None = None
     if cluster.executor == "local":
         planned = planned_here(run)
         submitted = {name: dict.fromkeys(tasks, ("local", "local")) for name, tasks in planned.items()}
         pending = {job.name: {*planned.get(job.name, ())} - done[job.name] for job in jobs}
         queued = queue_here(run, jobs, pending)
     else:
-        queued, submitted = _queue_of(run), last_submissions(run)
+        (queued, silence), submitted = _queue_of(run), last_submissions(run)
         gone = {
             job_id
             for job in jobs
             for task, (job_id, _) in submitted.get(job.name, {}).items()
             if task not in queued.get(job.name, {}) and task not in done[job.name]
         }
-        past = slurm.past_states(sorted(gone, key=int)) if slurm.is_available() else {}
+        past = slurm.past_states(sorted(gone, key=int)) if silence is None else {}
     return [
-        _job_state(run, job, done[job.name], queued.get(job.name, {}), submitted.get(job.name, {}), past)
+        _job_state(run, job, done[job.name], queued.get(job.name, {}), submitted.get(job.name, {}), past, silence)
         for job in jobs
     ]
 
 
-def _queue_of(run: Path) -> dict[str, dict[int, slurm.Queued]]:
-    """What Slurm has of a run, by job and task; nothing where none is, or no controller answers."""
+def _queue_of(run: Path) -> tuple[dict[str, dict[int, slurm.Queued]], str | None]:
+    """(what Slurm has of a run, by job and task; why it can't be asked, if so)."""
     queued: dict[str, dict[int, slurm.Queued]] = {}
-    if slurm.is_available():
-        with contextlib.suppress(ConfigError):
-            for each in slurm.queue():
-                known = parse_comment(each.comment, run_key(run))
-                if known:
-                    queued.setdefault(known[0], {}).update({known[1] + index: each for index in each.indices})
-    return queued
+    if not slurm.is_available():
+        return queued, "no Slurm on this machine to ask"
+    try:
+        for each in slurm.queue():
+            known = parse_comment(each.comment, run_key(run))
+            if known:
+                queued.setdefault(known[0], {}).update({known[1] + index: each for index in each.indices})
+    except ConfigError as error:
+        return {}, f"Slurm doesn't answer ({error})"
+    return queued, None
 
 
 def last_submissions(run: Path) -> dict[str, dict[int, tuple[str, str]]]:
@@ -147,12 +151,15 @@ def _job_state(
     queued: Mapping[int, slurm.Queued],
     submitted: Mapping[int, tuple[str, str]],
     past: Mapping[str, str],
+    silence: str | None,
 ) -> JobState:
     state = JobState(job.name, job.stage, len(job.tasks))
     counts = Counter[str]()
     shown: tuple[int, int] | None = None  # (urgency, task) of the task whose reason and log are shown
     for task in job.tasks:
         kind = _task_state(task, done, queued, submitted)
+        if kind == "failed" and silence is not None and not _has_failed(run, job, task):
+            kind, state.reason = "unknown", silence
         counts[kind] += 1
         if kind == "failed":
             state.failed_tasks.append(task)
@@ -180,6 +187,11 @@ def _task_state(
     if task in done:
         return "done"
     return "failed" if task in submitted else "waiting"
+
+
+def _has_failed(run: Path, job: Job, task: int) -> bool:
+    """Whether a task's last attempt wrote that it was the last."""
+    return (read_ended(run, job, task) or {}).get("verdict") in ("failed", "refused", "cancelled")
 
 
 def _explain(
@@ -237,12 +249,12 @@ def print_states(states: list[JobState], excluded: Mapping[str, str]) -> None:
         rate = f"{state.per_minute:.1f} {state.unit}/min" if state.per_minute is not None else ""
         finish = format_seconds(state.seconds_left) if state.seconds_left is not None else ""
         limit = state.left or ""
-        table.add_row(state.job, state.state, tasks, attempt, rate, finish, limit, nodes, state.reason or "")
+        table.add_row(state.job, state.state, tasks, attempt, rate, finish, limit, nodes, escape(state.reason or ""))
     console = Console()
     console.print(table)
     for state in states:
         if state.state in ("failed", "running") and state.log:
-            console.print(f"{state.job}: {state.log}", soft_wrap=True, highlight=False)
+            console.print(f"{state.job}: {state.log}", soft_wrap=True, highlight=False, markup=False)
     for node, why in excluded.items():
         console.print(f"excluded {node}: {why}", soft_wrap=True, highlight=False, markup=False)
     if any(state.counts.get("failed") for state in states):

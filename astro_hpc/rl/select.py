@@ -56,7 +56,7 @@ def run_shard(ctx: StageContext, model_dir: Path, shard: int, num_shards: int) -
 
 
 def gather(ctx: StageContext, journals: Sequence[Path]) -> list[Path]:
-    """Choose among all candidates by the shards' journals: the same files as `run` writes from one.
+    """Choose among all candidates by the pass rates that the shards hold: the prompts that `run` would find.
 
     Raises:
         ConfigError: no problem falls within the window, or one has no pass rate.
