@@ -612,11 +612,12 @@ def _is_shard(cfg: RunConfig, command: str, shard: int, num_shards: int, gather:
         ConfigError: the options don't fit together or what has been begun.
     """
     from astro_hpc import pipeline
-    from astro_hpc.search.shards import find_shards, refuse_other_split
+    from astro_hpc.search.shards import find_shards, refuse_in_one_process, refuse_other_split
 
     folder = pipeline.shard_folder(cfg, command, arm)
     if num_shards > 1 and not gather:
         refuse_other_split(folder, num_shards)
+        refuse_in_one_process(cfg.run_dir, command, arm)
         return True
     if shard != 0:
         raise ConfigError(f"--shard {shard}: needs --num-shards, and not --gather")

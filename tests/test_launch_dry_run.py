@@ -64,8 +64,10 @@ def test_code_and_configuration_are_frozen(tmp_path):
 
     assert launch(*arguments).returncode == 0
     assert list(jobs.glob("frozen-*")) == [frozen], "nothing changed, nothing is copied again"
-    assert launch(*arguments, "seed=8").returncode == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "demo" / "config.yaml", jobs / "cluster.yaml")}
+    assert launch(*arguments, "seed=8", "--cluster", "local").returncode == 0
     assert len(list(jobs.glob("frozen-*"))) == 2
+    assert kept == {path: path.read_bytes() for path in kept}, "it does not change what is running or was done"
 
 
 def test_a_thousand_and_more_shards_in_arrays_below_the_limit(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from astro_hpc import pipeline
 from astro_hpc.config import RunConfig, load_config
 from astro_hpc.config.base import ConfigError
+from astro_hpc.launch import slurm
 from astro_hpc.launch.cluster import ClusterConfig
 from astro_hpc.launch.graph import (
     Engines,
@@ -23,6 +24,8 @@ from astro_hpc.launch.graph import (
     plan,
     refuse_shared_process,
 )
+from astro_hpc.launch.submit import _submit
+from astro_hpc.run.files import Journal
 from astro_hpc.run.stage import run_stage
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -366,3 +369,29 @@ def test_a_job_whose_inputs_nobody_makes_is_refused():
     with pytest.raises(ConfigError, match=r"clone: needs gather, which is neither done nor queued; .*--from search"):
         plan(jobs, choose(jobs, ["clone"]), {}, {}, 1001)
     assert plan(jobs, choose(jobs, ["clone"]), {"gather": {0}}, {}, 1001).submissions[0].after_ok == ()
+
+
+def test_a_launch_that_is_cut_off_has_told_those_that_wait_and_says_what_it_submitted(tmp_path, monkeypatch):
+    jobs = build_graph(run_config(), cluster_config(search={"shards": 5}))
+    live = {"search": [LiveJob("5", frozenset({2}))], "gather": [LiveJob("6", frozenset({0}), pending=True)]}
+    steps = plan(jobs, jobs, {}, live, 2)
+    (tmp_path / "jobs").mkdir()
+    asked: list[list[str]] = []
+
+    def full_queue(command: list[str]) -> str:
+        asked.append(command)
+        if len([each for each in asked if each[0] == "sbatch"]) == 3:
+            raise ConfigError("sbatch: Job violates accounting policy")
+        return f"{10 + len(asked)}\n"
+
+    monkeypatch.setattr(slurm, "run", full_queue)
+    message = r"accounting policy; submitted: search 11, search 13; launch again submits the rest"
+    with pytest.raises(ConfigError, match=message):
+        _submit(tmp_path, steps, dry_run=False)
+    told = [command[-1] for command in asked if command[0] == "scontrol"]
+    assert told == ["dependency=afterok:11,afterany:5", "dependency=afterok:11:13,afterany:5"]
+    assert [command[0] for command in asked] == ["sbatch", "scontrol", "sbatch", "scontrol", "sbatch"]
+    assert [row["id"] for row in Journal.read(tmp_path / "jobs" / "submitted.jsonl")] == ["11", "13"]
+    asked[:] = [["sbatch"], ["sbatch"]]
+    with pytest.raises(ConfigError, match=r"accounting policy$"):
+        _submit(tmp_path, steps, dry_run=False)

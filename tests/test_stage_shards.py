@@ -147,6 +147,16 @@ def test_holes_are_named_and_another_split_is_refused(
         assert (code, f"{cfg.run_dir / folder}: no shards to gather; run {stage} with" in error) == (2, True)
         code, error = command(stage, "--shard", "1")
         assert (code, "needs --num-shards" in error) == (2, True)
+        made = cfg.run_dir / label
+        made.mkdir(parents=True)
+        for name in ("rates.jsonl", "state.json"):
+            (made / name).write_text("{}")
+        code, error = command(stage, "--shard", "1", "--num-shards", "3")
+        assert (code, f"{made}: was begun in one process; go on without --shard" in error) == (2, True), error
+        (made / "manifest.json").write_text("{}")
+        code, error = command(stage, "--shard", "1", "--num-shards", "3")
+        assert (code, f"{made}: was done in one process; go on without --shard" in error) == (2, True), error
+        shutil.rmtree(made)
         code, error = command(stage, "--shard", "3", "--num-shards", "3")
         assert (code, "must be from 0 to 2" in error) == (2, True)
         assert command(stage, "--shard", "1", "--num-shards", "3")[0] == 0

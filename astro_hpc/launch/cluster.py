@@ -94,7 +94,8 @@ class ArrayStageConfig(StageConfig):
 
     shards: Annotated[int, Field(gt=0, le=99_999)] = 1
     throttle: PositiveInt | None = None
-    """At most this many tasks at the same time; None: as many as Slurm will."""
+    """At most this many tasks of an array at the same time; None: as many as Slurm will. Shards beyond MaxArraySize
+    are several arrays, and each has its own limit."""
 
 
 class RLStageConfig(StageConfig):

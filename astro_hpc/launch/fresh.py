@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from astro_hpc.launch.graph import Job
+from astro_hpc.search.shards import made_in_one_process
+
+
+def in_one_process(run: Path, job: Job) -> Path | None:
+    """For an array of several shards whose stage was done or begun in one process: the manifest or state of that."""
+    return made_in_one_process(run, job.stage, job.arm) if (job.num_tasks or 1) > 1 else None
 
 
 def fresh_tasks(run: Path, jobs: Sequence[Job], done: Mapping[str, Collection[int]]) -> dict[str, set[int]]:
@@ -17,27 +23,24 @@ def fresh_tasks(run: Path, jobs: Sequence[Job], done: Mapping[str, Collection[in
     stage that makes it wrote last. A gathering or a report has no manifest: it is outdated when it is older than one of
     its inputs' markers.
     """
-    manifests = {
-        (job.name, task): json.loads(_marker(run, job, task).read_text())
-        for job in jobs
-        if job.marker == "manifest.json"
-        for task in done[job.name]
-    }
-    written = {path: seen for each in manifests.values() for path, seen in each.get("outputs", {}).items()}
-    by_name = {job.name: job for job in jobs}
+    markers = {(job.name, task): path for job in jobs for task, path in _markers(run, job, done[job.name]).items()}
+    known = {path: json.loads(path.read_text()) for path in set(markers.values()) if path.name == "manifest.json"}
+    written = {path: seen for each in known.values() for path, seen in each.get("outputs", {}).items()}
 
     def is_fresh(job: Job, task: int) -> bool:
-        if (job.name, task) in manifests:
-            return _reads_what_was_written(run, manifests[job.name, task], written)
-        made = _marker(run, job, task).stat().st_mtime_ns
-        inputs = (_marker(run, by_name[name], each) for name in job.after for each in done[name])
+        marker = markers[job.name, task]
+        if marker in known:
+            return _reads_what_was_written(run, known[marker], written)
+        made = marker.stat().st_mtime_ns
+        inputs = {markers[name, each] for name in job.after for each in done[name]}
         return all(path.stat().st_mtime_ns <= made for path in inputs)
 
     return {job.name: {task for task in done[job.name] if is_fresh(job, task)} for job in jobs}
 
 
-def _marker(run: Path, job: Job, task: int) -> Path:
-    return run / job.output_of(task) / job.marker
+def _markers(run: Path, job: Job, tasks: Collection[int]) -> dict[int, Path]:
+    whole = in_one_process(run, job)
+    return {task: whole or run / job.output_of(task) / job.marker for task in tasks}
 
 
 def _reads_what_was_written(run: Path, manifest: Mapping[str, Any], written: Mapping[str, str]) -> bool:

@@ -288,7 +288,7 @@ def plan(
     """Submit what is neither done nor queued nor running, once; nothing else.
 
     What is done, but reads results that are on their way (queued, running, or submitted by this launch), is submitted
-    again behind them: the command of a stage ends at once where they turn out the same, and refuses them where not.
+    again behind them: the command of a stage ends at once where they turn out the same, and needs --redo where not.
 
     Args:
         jobs: the whole graph, each job behind those that it waits for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,13 @@ from astro_hpc.search.tree import Tree
 
 SHARD_FOLDERS = {"search": "search", "clone": "clone", "select": "select-shards/{arm}", "eval": "eval-shards"}
 """By stage that may be done in shards: where its shards lie, relative to the run folder."""
+WHOLE_FOLDERS = {
+    "search": "search/shard-00000-of-00001",
+    "clone": "traces",
+    "select": "select/{arm}",
+    "eval": "eval",
+}
+"""By such a stage: where its results lie when one process does it all; gathered shards too, but for the search."""
 TREES, ATTEMPTS = "trees.jsonl", "attempts.jsonl"
 """Journals of a shard: its finished trees, and what each of its attempts cost."""
 
@@ -88,6 +96,40 @@ def refuse_other_split(parent: Path, num_shards: int) -> None:
         raise ConfigError(
             f"{parent}: is split into {begun.num_shards} already; go on with --num-shards {begun.num_shards}, "
             "or move its shards away"
+        )
+
+
+def made_in_one_process(run_dir: Path, stage: str, arm: str | None = None) -> Path | None:
+    """What says that a stage was done (`manifest.json`), or begun (`state.json`), in one process.
+
+    Args:
+        stage: one of `WHOLE_FOLDERS`.
+
+    Returns:
+        The file; None where the stage was not begun, or in shards, or lies there gathered from them.
+    """
+    folder = run_dir / WHOLE_FOLDERS[stage].format(arm=arm)
+    shards = (run_dir / SHARD_FOLDERS[stage].format(arm=arm)).glob("shard-?????-of-?????")
+    if any(shard != folder for shard in shards):
+        return None
+    made = next((path for name in ("manifest.json", "state.json") if (path := folder / name).is_file()), None)
+    if made is None or {path.name for path in folder.iterdir()} <= {"state.json"}:  # refused before it made anything
+        return None
+    shard = re.compile(f"{stage}/" + (f"{arm}/" if arm else "") + r"shard-\d{5}-of-\d{5}")  # a stage's label
+    gathered = any(shard.fullmatch(name) for name in json.loads(made.read_text()).get("inputs", {}))
+    return None if gathered else made
+
+
+def refuse_in_one_process(run_dir: Path, stage: str, arm: str | None = None) -> None:
+    """Make sure that a stage that is to be done in shards was not done, or begun, in one process.
+
+    Raises:
+        ConfigError: it was.
+    """
+    if (made := made_in_one_process(run_dir, stage, arm)) is not None:
+        verb = "done" if made.name == "manifest.json" else "begun"
+        raise ConfigError(
+            f"{made.parent}: was {verb} in one process; go on without --shard and --num-shards, or move it away"
         )
 
 
