@@ -68,6 +68,24 @@ def test_a_lost_shard_alone_is_submitted_again_with_what_was_made_from_it_and_by
     assert (lost / "manifest.json").exists(), run.logs()
 
 
+def test_a_job_that_waits_is_told_of_what_it_must_wait_for_too(slurm, tmp_path):
+    run = Run(slurm, tmp_path, shards=2)
+    run.launch("--stages", "search,gather")
+    run.wait()
+    gathered, lost = run.dir / "search" / "gather.json", run.dir / "search" / "shard-00001-of-00002"
+    assert gathered.exists(), run.logs()
+    held = slurm.run("sbatch", "--parsable", "--hold", run.dir / "jobs" / "gather.sbatch").strip()
+    for name in ("manifest.json", "trees.jsonl"):
+        (lost / name).unlink()
+    [again] = run.launch("--stages", "search,gather")
+    assert (again["job"], again["tasks"]) == ("search", 1)
+    waits_for = slurm.run("squeue", "-h", "-j", held, "-o", "%E")
+    assert again["id"] in waits_for or (lost / "manifest.json").exists(), "or it is done by now"
+    slurm.run("scontrol", "release", held)
+    run.wait()
+    assert gathered.stat().st_mtime_ns > (lost / "manifest.json").stat().st_mtime_ns, run.logs()
+
+
 def test_a_bad_configuration_is_never_retried_and_its_dependants_go(slurm, tmp_path):
     run = Run(slurm, tmp_path, model={"path": "/nowhere"})
     run.launch("--stages", "search,gather,clone")
