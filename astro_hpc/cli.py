@@ -281,7 +281,10 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the sbatch files, submit nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Submit the whole graph of jobs to Slurm; again: only what is missing.
+    """Submit the whole graph of jobs to Slurm; again: only what is missing or was made from other inputs.
+
+    The latter with --redo, which sets old results aside where they differ. What one process has done stays done,
+    however many shards the cluster file says.
 
     Every sbatch text, and the code and configuration that the jobs use, go to RUN/jobs.
     """
