@@ -55,7 +55,7 @@ def _run(tmp_path: Path, engine: ScriptedEngine, settings: RLConfig, steps: rang
             worker.hold(10)
             engine.load_weights(Path(), step)
             worker.go_on()
-        return taken, source.state(steps[-1])
+        return taken, source.state()
     finally:
         worker.close()
         pool.close()
@@ -109,7 +109,7 @@ def test_what_was_finished_of_a_step_is_not_sampled_again(tmp_path, settings, en
             folder, ScriptedEngine(_answer, latency=0.01), settings, stop=lambda f=finished, n=journaled: n() >= f
         )
         assert source.take(1) is None
-        state = source.state(0) if ended == "told to stop" else None
+        state = source.state() if ended == "told to stop" else None
         worker.close()
         pool.close()
         source.close()
@@ -244,13 +244,23 @@ def test_an_engine_that_fails_ends_the_step_with_its_error(tmp_path):
 
 
 def test_a_users_reward_that_fails_or_hangs_ends_the_step_by_name(tmp_path):
-    for function, message in (
-        ("fails", r"user_rewards:fails, called for a response to \S+: ZeroDivisionError: .*user_rewards.py:\d+"),
-        ("hangs", r"user_rewards:hangs: gave no reward for a response to \S+ within 0.2 s; .*reward.timeout_seconds"),
+    for function, seconds, raised, message in (
+        (
+            "fails",
+            60,
+            ConfigError,
+            r"user_rewards:fails, called for a response to \S+: ZeroDivisionError: .*user_rewards.py:\d+",
+        ),
+        (
+            "hangs",
+            0.2,
+            TimeoutError,
+            r"user_rewards:hangs: gave no reward for a response to \S+ within 0.2 s; .*reward.timeout_seconds",
+        ),
     ):
-        reward = {"function": f"user_rewards:{function}", "timeout_seconds": 0.2}
+        reward = {"function": f"user_rewards:{function}", "timeout_seconds": seconds}
         source, worker, pool = _source(tmp_path / function, ScriptedEngine(), _settings(reward=reward))
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(raised, match=message):
             source.take(1)
         worker.close()
         pool.close()
@@ -259,7 +269,6 @@ def test_a_users_reward_that_fails_or_hangs_ends_the_step_by_name(tmp_path):
 def test_a_process_ends_though_a_users_reward_hangs():
     program = """if True:
         import asyncio
-        from astro_hpc.config import ConfigError
         from astro_hpc.config.schema import RewardConfig, SignsSource
         from astro_hpc.problems.sources import load_source
         from astro_hpc.rl.reward import Reward
@@ -267,7 +276,7 @@ def test_a_process_ends_though_a_users_reward_hangs():
         reward = Reward(RewardConfig(function="user_rewards:hangs", timeout_seconds=0.1))
         try:
             asyncio.run(reward.score(load_source(SignsSource(count=1))[0], "", Verdict("right", "1", 0)))
-        except ConfigError as error:
+        except TimeoutError as error:
             print(error)
         """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

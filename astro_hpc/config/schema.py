@@ -554,8 +554,9 @@ class RLConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-7, lr_schedule="constant")
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
     weight_sync: Literal["memory", "folder", "broadcast"] = "memory"
-    """How new weights reach the engine: handed over in this process; through a versioned safetensors folder with a
-    STABLE marker; or, to servers, in buckets over the network (NCCL on GPUs, gloo on a CPU), which writes nothing."""
+    """How new weights reach the engine: handed over (to servers: through a temporary folder beside the logs); through a
+    versioned safetensors folder with a STABLE marker; or, to servers, in buckets over the network (NCCL on GPUs, gloo
+    on a CPU), which writes nothing."""
     weight_check_every: Annotated[int, Field(ge=0)] = 10
     """Compare sampled tensors of trainer and engine by hash at the start and after so many pushes; 0: never."""
     max_mismatch_kl: Annotated[float, Field(gt=0)] | None = 0.1

@@ -48,9 +48,8 @@ class Reward:
                 score = self._function(problem, response, verdict.outcome)
             except Exception as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
-                raise ConfigError(
-                    f"{where}: {type(error).__name__}: {error} ({last.filename}:{last.lineno}); mend the function"
-                ) from error
+                what = f"{type(error).__name__}: {error!s:.200}"
+                raise ConfigError(f"{where}: {what} ({last.filename}:{last.lineno}); mend the function") from error
             if not isinstance(score, int | float) or not math.isfinite(score):
                 raise ConfigError(f"{where}: gave {score!r:.80}, expected a finite number")
         return float(score) + (self.cfg.no_answer if verdict.answer is None else 0.0)
@@ -61,7 +60,8 @@ class Reward:
         A function that hangs can't be ended; its thread is a daemon, so that it does not keep the process alive.
 
         Raises:
-            ConfigError: as a call; or the function took too long.
+            ConfigError: as a call.
+            TimeoutError: the function took too long; it may have waited for something that passes.
         """
         if self._function is None:
             return self(problem, response, verdict)
@@ -71,7 +71,7 @@ class Reward:
                     _in_daemon_thread(lambda: self(problem, response, verdict)), self.cfg.timeout_seconds
                 )
             except TimeoutError:
-                raise ConfigError(
+                raise TimeoutError(
                     f"rl.reward.function={self.cfg.function}: gave no reward for a response to {problem.id} within "
                     f"{self.cfg.timeout_seconds:g} s; mend the function or raise rl.reward.timeout_seconds"
                 ) from None
@@ -108,8 +108,9 @@ def _import(path: str) -> UserReward:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"rl.reward.function={path}: {error}; is its folder on PYTHONPATH?") from None
+    except Exception as error:  # whatever the user's module does when it is imported
+        what = f"{type(error).__name__}: {error!s:.200}"
+        raise ConfigError(f"rl.reward.function={path}: {what}; is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise ConfigError(f"rl.reward.function={path}: is not a function")
     return function  # type: ignore[no-any-return]

@@ -88,7 +88,7 @@ class GroupSource(Protocol):
         """The groups of `step` (from 1), asked for in order; None when a stop was asked for meanwhile."""
         ...
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """JSON values from which the source goes on after `step`, the last that was taken whole; files are written."""
         ...
 
@@ -118,7 +118,7 @@ class ReplaySource:
         check_shape(groups.used, self.settings, str(path))
         return groups
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Nothing: the files are all there is."""
         return {}
 
@@ -144,8 +144,8 @@ class LiveSource:
     same weights give the same step. Otherwise the first to end are taken, and what is in flight at a checkpoint is
     sampled anew after it.
 
-    Each finished group is journaled at once, until a step's file holds it: a run that is cut off in the middle of a
-    step, and one that is told to stop, sample only what was still in flight again.
+    Finished groups are journaled while a step's groups are waited for (those that end while a step is trained on: at
+    the next look), until a step's file holds them: a run that is cut off samples again only what wasn't.
     """
 
     def __init__(
@@ -158,7 +158,6 @@ class LiveSource:
         order_seed: int,
         step: int,
         state: dict[str, Any] | None,
-        on_group: Callable[[int, int], None] = lambda done, wanted: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Go on after `step`.
@@ -166,12 +165,11 @@ class LiveSource:
         Args:
             folder: where steps' rollouts are kept. Those of later steps, which an interrupted run had taken before it
                 was cut off, are used and not sampled again.
-            state: of `state(step)`; None at the start.
-            on_group: told how many of a step's groups there are, and how many are wanted.
+            state: of `state()`; None at the start.
             stop: whether to stop; asked all the time while waiting for groups.
         """
         self.worker, self.problems, self.settings = worker, problems, settings
-        self.folder, self.order_seed, self.on_group, self.stop = folder, order_seed, on_group, stop
+        self.folder, self.order_seed, self.stop = folder, order_seed, stop
         self.cursor = int(state["cursor"]) if state else 0
         """The next position that is to be started."""
         self.pending: set[int] = set(state["pending"]) if state else set()
@@ -220,7 +218,6 @@ class LiveSource:
                     f"rl: {len(groups.stale)} groups of step {step} were more than rl.max_lag={settings.max_lag} "
                     "weight versions behind; raise max_lag, lower oversample or sample faster (more engines)"
                 )
-            self.on_group(len(groups.used), wanted)
             sampled = len(groups.used) + len(groups.no_signal)
             if len(groups.used) < wanted and sampled >= wanted * settings.max_sampling_rounds:
                 missing = wanted - len(groups.used)  # without signal they change nothing but complete the step
@@ -233,7 +230,7 @@ class LiveSource:
             self._fill(self._capacity())  # sampled while this step is trained on
         return groups
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """The next position, and what was started and not handed out; of it, what is finished is in the journal."""
         self._drain()
         return {"cursor": self.cursor, "pending": sorted(self.pending)}

@@ -200,7 +200,9 @@ class _Loop:
         clock.lap("train")
         validation = self.settings.validation
         validates = validation is not None and step % validation.every_steps == 0
-        if self.replay is None and (step < self.settings.num_steps or validates):
+        # A push may wait for whole responses; a stage that is told to stop saves first, and pushes when it goes on.
+        ends = step == self.settings.num_steps or self.policy.trainer.on_any_rank(self.ctx.stop_requested)
+        if self.replay is None and (validates or not ends):
             self._push(step)
         clock.lap("push")
         row = {**self._behaviour(groups), **trained}
@@ -217,7 +219,8 @@ class _Loop:
         if step > self.saved_step:
             log.sync()
             self._save(step, source)
-        raise CheckpointedExit(f"{self.ctx.label}: saved after step {step} of {self.settings.num_steps}")
+        done = f"saved after step {step}" if step else "stopped before the first step"
+        raise CheckpointedExit(f"{self.ctx.label}: {done} of {self.settings.num_steps}")
 
     def _source(self, first: int, state: dict[str, Any] | None) -> GroupSource | None:
         """Where groups come from; None on the ranks that are told."""
@@ -257,7 +260,7 @@ class _Loop:
             self.ctx.say("this engine can't be asked for its weights: rl.weight_check_every has no effect")
 
     def _save(self, step: int, source: GroupSource | None) -> None:
-        state = tell_all({"tokens": self.tokens, "best": self.best, **(source.state(step) if source else {})})
+        state = tell_all({"tokens": self.tokens, "best": self.best, **(source.state() if source else {})})
         checkpoint = self.settings.checkpoint
         self.policy.trainer.save_checkpoint(
             self.checkpoints, step, state, checkpoint.keep_last, keep_every=checkpoint.keep_every

@@ -94,7 +94,7 @@ class BroadcastSync:
             self._announced = [TensorInfo.of(name, tensor) for name, tensor in trainer.named_hf_tensors()]
         tensors = trainer.named_hf_tensors()
         if engine is not None:
-            assert isinstance(engine, VLLMServerEngine), "rl.stage.check_settings"
+            assert isinstance(engine, VLLMServerEngine), "rl.checks.check_settings"
             engine.broadcast_weights(tensors, self._announced, version)
         for _ in tensors:  # rank 0's gathers need every rank
             pass
