@@ -63,7 +63,8 @@ def test_other_weights_than_announced_are_not_sent():
             fill(bucket, iter(wrong), buffer)
 
 
-def test_two_workers_receive_what_is_sent(monkeypatch):
+@pytest.mark.parametrize("address", [None, "127.0.0.1"])
+def test_two_workers_receive_what_is_sent(address, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     announced = [TensorInfo("a", "float32", (3, 5)), TensorInfo("b", "bfloat16", (7,)), TensorInfo("c", "int64", ())]
     sent = [(info.name, values(info)) for info in announced]
@@ -77,7 +78,7 @@ def test_two_workers_receive_what_is_sent(monkeypatch):
     threads = [threading.Thread(target=worker, args=(rank,)) for rank in (1, 2)]
     for thread in threads:
         thread.start()
-    Group(store, 0, 3, cpu, 60).send(sent, announced)
+    Group(store, 0, 3, cpu, 60, address).send(sent, announced)
     for thread in threads:
         thread.join(60)
     for rank in (1, 2):

@@ -211,6 +211,18 @@ def test_two_engines_share_servers_and_each_checks_what_it_needs(world, smollm2,
         make_engine(world.first, cfg)
 
 
+def test_slurms_warning_before_the_time_limit_ends_no_server(world):
+    serve = world.served.pid
+    pids = [serve, *group(replicas(world.owner)[0].local.pid), *(p for c in children_of(serve) for p in group(c))]
+    assert len(pids) > 4
+    for pid in pids:  # as Slurm does to all processes of a step
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    assert sorted(alive(pids)) == sorted(pids)
+    requests = [SampleRequest(tuple(range(seed, seed + 40)), 2, seed=seed) for seed in range(6)]
+    assert_same(world.engine.generate_many(requests), world.local.generate_many(requests))
+
+
 def test_a_server_killed_in_mid_search_costs_no_tree_and_is_started_anew(world, tmp_path, monkeypatch, capfd):
     first = replicas(world.owner)[0].local.pid
     members = group(first)

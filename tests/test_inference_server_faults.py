@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
@@ -23,7 +25,9 @@ from astro_hpc.inference import make_engine
 from astro_hpc.inference import replicas as replicas_module
 from astro_hpc.inference import server_engine as server_engine_module
 from astro_hpc.inference.balancer import RetryPolicy
+from astro_hpc.inference.buckets import Group, TensorInfo, join_store
 from astro_hpc.inference.engine import Sample, SampleRequest
+from astro_hpc.inference.job_servers import ADDRESSES, KEY
 from astro_hpc.inference.local_server import model_names
 from astro_hpc.inference.server_engine import VLLMServerEngine
 from astro_hpc.inference.tokenizer import load_tokenizer
@@ -55,6 +59,8 @@ class BadServer:
         self.updatable = False
         self.loads: list[str] = []
         self.failing_loads = 0
+        self.received: list[dict[str, torch.Tensor]] = []
+        self.stuck = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -83,6 +89,7 @@ class BadServer:
         app.router.add_post("/inference/v1/generate", self._generate)
         if self.updatable:
             app.router.add_get("/weight_info", self._weight_info)
+            app.router.add_get("/get_world_size", self._get_world_size)
             app.router.add_post("/update_weight_version", self._update_weight_version)
             app.router.add_post("/collective_rpc", self._collective_rpc)
             app.router.add_post("/reset_prefix_cache", self._reset_prefix_cache)
@@ -113,12 +120,19 @@ class BadServer:
     async def _weight_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.weights})
 
+    async def _get_world_size(self, request: web.Request) -> web.Response:
+        return self._unauthorized(request) or web.json_response({"world_size": 1})
+
     async def _update_weight_version(self, request: web.Request) -> web.Response:
         self.weights = (await request.json())["new_version"]
         return web.json_response({"success": True})
 
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if body["method"] == "receive_weights":
+            await asyncio.to_thread(self._receive, **body["kwargs"])
+            await asyncio.sleep(3600 if self.stuck else 0)
+            return web.json_response({"results": [None]})
         assert body["method"] == "load_weights_folder"
         assert self.weights.startswith("loading-")
         self.loads.append(body["kwargs"]["weights_path"])
@@ -126,6 +140,12 @@ class BadServer:
             self.failing_loads -= 1
             return web.json_response({"error": {"message": "half loaded"}}, status=500)
         return web.json_response({"results": [None]})
+
+    def _receive(
+        self, host: str, port: int, first_rank: int, world_size: int, tensors: list[Any], seconds: float
+    ) -> None:
+        group = Group(join_store(host, port, world_size, seconds), first_rank, world_size, torch.device("cpu"), seconds)
+        self.received.append(dict(group.receive([TensorInfo.from_json(row) for row in tensors])))
 
     async def _reset_prefix_cache(self, request: web.Request) -> web.Response:
         return web.json_response({"success": True})
@@ -432,8 +452,6 @@ def test_a_half_loaded_server_is_left_out_until_it_has_the_weights(updatable, op
 
 
 def test_a_server_that_was_started_anew_gets_the_weights_that_the_others_have(updatable, open_engine, tiny_llama):
-    from safetensors.torch import load_file
-
     engine = open_engine(updatable)
     engine.load_weights(load_file(tiny_llama / "model.safetensors").items(), version=2)
     [folder] = set(updatable[0].loads + updatable[1].loads)
@@ -465,6 +483,79 @@ def test_a_server_that_takes_no_weights_keeps_its_own(servers, open_engine, tiny
     with pytest.raises(ConfigError, match=r"takes no new weights; start it with .* --allow-weight-updates`"):
         engine.load_weights(tiny_llama, version=1)
     check(engine.generate_many(requests(4)), requests(4))
+
+
+@pytest.fixture
+def broadcast(
+    updatable: list[BadServer], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[VLLMServerEngine, int], None]:
+    """Sends an engine's servers the model's own weights over the network, as a version."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tensors = load_file(tiny_llama / "model.safetensors")
+    announced = [TensorInfo.of(*each) for each in tensors.items()]
+    return lambda engine, version: engine.broadcast_weights(tensors.items(), announced, version)
+
+
+def test_servers_that_missed_a_broadcast_wait_for_the_next_unless_nobody_is_left_to_answer(
+    updatable, open_engine, broadcast
+):
+    engine = open_engine(updatable, server_lost_seconds=3600)
+    broadcast(engine, 1)
+    assert [len(server.received) for server in updatable] == [1, 1]
+    updatable[0].weights = "default"  # it was started anew
+    apart = [SampleRequest(tuple(range(seed, seed + 40)), 4, seed=seed) for seed in range(12)]
+    assert {sample.weight_version for sample in engine.generate_many(apart)} == {1}
+    wait_for(lambda: "waits for the next push" in engine._replicas._replicas[0].trouble)
+    updatable[1].kill()
+    wait_for(lambda: not engine._replicas._well())
+    updatable[1].weights = "default"
+    updatable[1].start()
+    wait_for(lambda: all(replica.missed for replica in engine._replicas._replicas))
+    time.sleep(1.5)  # a look at all of them
+    broadcast(engine, 2)  # nobody has asked meanwhile, so nothing is lost
+    assert {sample.weight_version for sample in engine.generate_many(requests(4))} == {2}
+    for server in updatable:
+        server.kill()
+        server.weights = "default"
+        server.start()
+    with pytest.raises(RuntimeError, match=r"no server is left that has the newest weights.*rl\.weight_sync=folder"):
+        engine.generate_many(requests(4))
+
+
+def test_a_server_that_receives_all_and_never_answers_is_named(updatable, open_engine, broadcast):
+    engine = open_engine(updatable, server_start_seconds=0.5)
+    updatable[1].stuck = True
+    with pytest.raises(RuntimeError, match=rf"{updatable[1].url}: no answer for .*server_start_seconds=0\.5 after all"):
+        broadcast(engine, 1)
+    assert [len(server.received) for server in updatable] == [1, 1]
+    wait_for(lambda: not any(replica.updating.locked() for replica in engine._replicas._replicas[1:]))
+
+
+def test_a_server_that_fails_after_it_has_received_comes_back_by_its_weights_name(updatable, open_engine, broadcast):
+    engine = open_engine(updatable)
+    updatable[0].max_model_len = 128
+    broadcast(engine, 1)
+    assert engine._replicas._well() == engine._replicas._replicas[1:]
+    assert {sample.weight_version for sample in engine.generate_many(requests(4))} == {1}
+    updatable[0].max_model_len = 512
+    wait_for(lambda: len(engine._replicas._well()) == 2)
+    assert len(updatable[0].received) == 1
+
+
+def test_a_stranger_at_the_port_of_a_server_of_the_job_is_no_error_of_the_configuration(
+    updatable, open_engine, broadcast, monkeypatch
+):
+    monkeypatch.setenv(ADDRESSES, ",".join(server.url for server in updatable))
+    monkeypatch.setenv(KEY, "key-of-the-job")
+    updatable[0].key, updatable[1].key = "key-of-the-job", "key-of-another"
+    engine = open_engine([], num_servers=2)
+    check(engine.generate_many(requests(4)), requests(4))
+    broadcast(engine, 1)
+    assert [len(server.received) for server in updatable] == [1, 0]
+    updatable[0].key = "key-of-another"
+    with pytest.raises(RuntimeError, match="none of the job's servers came up: .*asks for an API key"):
+        open_engine([], num_servers=2)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig, ParallelConfig
+from astro_hpc.inference import server_engine
 from astro_hpc.inference.job_servers import job_servers, started_here
 from astro_hpc.inference.local_server import share_out
+from astro_hpc.inference.server_engine import address_for, gloo_address
 from astro_hpc.model.sizes import local_world_size
 from astro_hpc.run.ranks import ranks_here
 
@@ -59,3 +61,17 @@ def test_servers_of_the_job_stand_in_for_those_that_would_be_started():
     named = InferenceConfig(engine="vllm-server", servers=["http://mine:8000"])
     assert job_servers(named, told) == []
     assert started_here(InferenceConfig(), told) == 0
+
+
+def test_servers_elsewhere_are_told_an_address_that_they_can_reach(monkeypatch):
+    assert server_engine._address_towards("127.0.0.1") == "127.0.0.1"
+    monkeypatch.setattr(server_engine, "_address_towards", lambda host: f"mine towards {host}")
+    here, there = "http://127.0.0.1:8000", "http://192.0.2.7:8000"
+    alone = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}  # ranks that all run on this machine
+    assert address_for([here, "http://[::1]:1", "http://localhost:2"], {"MASTER_ADDR": "n1"}) == "127.0.0.1"
+    assert address_for([here, there], {"MASTER_ADDR": "n1"}) == "n1"
+    for environ in (alone, {}, {"MASTER_ADDR": "localhost"}):
+        assert address_for([here, there], environ) == "mine towards 192.0.2.7"
+    assert gloo_address("192.0.2.1", alone) == "192.0.2.1"
+    assert gloo_address("127.0.0.1", alone) is None
+    assert gloo_address("192.0.2.1", {"GLOO_SOCKET_IFNAME": "eth0"}) is None

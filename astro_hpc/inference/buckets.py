@@ -106,12 +106,21 @@ def view(buffer: torch.Tensor, tensor: TensorInfo, start: int) -> torch.Tensor:
 class Group:
     """The processes of one push."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, device: torch.device, seconds: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        seconds: float,
+        gloo_address: str | None = None,
+    ) -> None:
         """Meet the others at `store`; blocks until all have come.
 
         Args:
             device: of the buckets; decides between NCCL and gloo.
             seconds: how long to wait for the others, here and in each broadcast.
+            gloo_address: of this machine, to listen at; None: what gloo chooses, GLOO_SOCKET_IFNAME included.
 
         Raises:
             RuntimeError: one didn't come.
@@ -124,6 +133,11 @@ class Group:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group: Any = dist.ProcessGroupNCCL(store, rank, world_size, options)
+        elif gloo_address is not None:
+            gloo_options = dist.ProcessGroupGloo._Options()
+            gloo_options._timeout = timeout
+            gloo_options._devices = [dist.ProcessGroupGloo.create_device(hostname=gloo_address)]
+            self._group = dist.ProcessGroupGloo(store, rank, world_size, gloo_options)
         else:
             self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
 

@@ -95,6 +95,11 @@ def default_threads(num_servers: int) -> int:
     return max(1, cores // num_servers)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is that of the machine that asks."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 class LocalServer:
     """One vLLM server as a child process. It ends with this process, however that ends.
 

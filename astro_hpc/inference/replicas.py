@@ -71,6 +71,8 @@ class Replica:
         trouble: what was wrong with it last.
         local: its process, where we started it.
         awaited: this job starts it on another node, and it may still be loading its model.
+        updating: held by whoever gives it weights or sees whether it has the right ones, one at a time.
+        missed: it is known not to have the wanted weights, which came over the network and are nowhere to be read.
     """
 
     client: ServerClient
@@ -78,6 +80,8 @@ class Replica:
     wake: asyncio.Event
     local: LocalServer | None = None
     awaited: bool = False
+    updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+    missed: bool = False
     well: bool = False
     faults: int = 0
     restarts: int = 0
@@ -214,7 +218,7 @@ class ReplicaSet:
                 await self._wait_until_up(replica)
             await self._admit(replica)
         except ServerError as error:
-            if replica.awaited and isinstance(error, ServerFault):  # the others can begin; it may still come
+            if replica.awaited:  # the others can begin; it may still come, and a stranger at its port may go
                 return self._lose(replica, str(error))
             if replica.local is not None:
                 raise ConfigError(f"inference.num_servers: {error}") from None
@@ -305,15 +309,20 @@ class ReplicaSet:
 
     async def _admit(self, replica: Replica) -> None:
         """Let a replica take requests once it has passed all checks and has the wanted weights."""
+        async with replica.updating:
+            await self._admit_alone(replica)
+
+    async def _admit_alone(self, replica: Replica) -> None:
         wanted = self.wanted
         await replica.client.check_health()
         if not wanted.are(await replica.client.check_fit(self._names, self._cfg.max_model_len, self._probe)):
             if wanted.folder is None:
+                replica.missed = True
                 raise ServerFault("is up, and waits for the next push of weights (rl.weight_sync=broadcast)")
             await replica.client.push_weights(str(wanted.folder), wanted.name, self._cfg.server_start_seconds)
         if wanted is not self.wanted:
             raise ServerFault("there are newer weights already")
-        replica.trouble, replica.faults = "", 0
+        replica.trouble, replica.faults, replica.missed = "", 0, False
         self._balancer.forget(replica.url)
         if replica.lost.done():
             _say(f"{replica.url} is back")
@@ -351,17 +360,33 @@ class ReplicaSet:
         if replica.restarts >= _MAX_RESTARTS:
             raise ServerFault(f"it ended again after {_MAX_RESTARTS} restarts: {local.last_words()}")
         replica.restarts += 1
+        replica.missed = self.wanted.folder is None
         local.stop()
         local.start(int(replica.url.rpartition(":")[2]))  # on this thread, as long as which the child lives
         self._count("servers_restarted")
         await self._wait_until_up(replica)
 
     async def _watch(self) -> None:
-        """Give up when no replica has been well for too long."""
+        """Give up when no replica has been well for too long, or none can be any more."""
         limit = self._cfg.server_lost_seconds
         while self._none_well_since is None or time.monotonic() - self._none_well_since < limit:
+            if self._waits_in_vain():
+                self._fail(
+                    "no server is left that has the newest weights, which came over the network: "
+                    f"{self._troubles()}; the same command goes on from the last checkpoint; "
+                    "rl.weight_sync=folder would have given them the weights"
+                )
+                return
             await asyncio.sleep(min(1.0, limit / 4))
         self._fail(f"no server for {limit:g} s (inference.server_lost_seconds), waited for {self._troubles()}")
+
+    def _waits_in_vain(self) -> bool:
+        """A request waits, and all servers wait for the next push, which comes after the requests."""
+        return (
+            bool(self._waiting)
+            and self.wanted.folder is None
+            and all(replica.missed and not replica.well for replica in self._replicas)
+        )
 
     def _troubles(self) -> str:
         return "; ".join(f"{replica.url} ({replica.trouble})" for replica in self._replicas)
@@ -398,7 +423,8 @@ class ReplicaSet:
 
         async def push(replica: Replica) -> str:
             try:
-                await replica.client.push_weights(str(weights.folder), weights.name, self._cfg.server_start_seconds)
+                async with replica.updating:
+                    await replica.client.push_weights(str(weights.folder), weights.name, self._cfg.server_start_seconds)
             except ServerError as error:
                 self.suspect(replica, str(error))
                 return f"{replica.url}: {error}"
@@ -420,24 +446,34 @@ class ReplicaSet:
             try:
                 await replica.client.check_health()
                 found[replica] = await replica.client.count_workers()
-            except ServerUnfit as error:
-                raise ConfigError(f"inference.servers: {replica.url} {error}") from None
             except ServerError as error:
+                if isinstance(error, ServerUnfit) and not replica.awaited:
+                    raise ConfigError(f"inference.servers: {replica.url} {error}") from None
                 self.suspect(replica, str(error))
         return found
 
     async def receive(self, weights: Weights, replica: Replica, arguments: dict[str, Any]) -> None:
         """Let one replica receive weights; the caller sends them, to all replicas at once.
 
+        There is no limit of time: how long sending takes depends on the model. The caller cancels it.
+
         Raises:
             RuntimeError: it failed; the others then wait for it in vain.
         """
-        try:
-            await replica.client.receive_weights(weights.name, **arguments)
-        except ServerError as error:
-            self.suspect(replica, str(error))
-            raise RuntimeError(f"{replica.url}: {error}") from None
-        await self._admit(replica)
+        async with replica.updating:
+            try:
+                await replica.client.receive_weights(weights.name, **arguments)
+            except ServerError as error:
+                self.suspect(replica, str(error))
+                raise RuntimeError(f"{replica.url}: {error}") from None
+            except asyncio.CancelledError:
+                self.suspect(replica, "has not received the weights in time")
+                raise
+            replica.missed = False
+            try:
+                await self._admit_alone(replica)
+            except ServerError as error:  # it has the weights, by whose name it is known when it comes back
+                self.suspect(replica, str(error))
 
     async def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, dict[str, str]]:
         """By address, hashes of parts of the weights of the replicas that are well and can be asked."""

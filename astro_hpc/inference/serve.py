@@ -12,7 +12,7 @@ from pathlib import Path
 
 from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
-from astro_hpc.inference.local_server import LocalServer, default_threads, gpu_shares
+from astro_hpc.inference.local_server import LocalServer, default_threads, gpu_shares, is_loopback
 from astro_hpc.inference.replicas import api_key
 
 _POLL_SECONDS = 0.25
@@ -44,7 +44,7 @@ def serve(
         if not (model_dir / name).is_file():
             raise ConfigError(f"{model_dir}: no {name}; expected a Hugging Face model folder with its tokenizer")
     key = api_key(cfg)
-    if allow_weight_updates and key is None and not _is_loopback(host):
+    if allow_weight_updates and key is None and not is_loopback(host):
         raise ConfigError(
             f"--allow-weight-updates on {host} lets everyone who reaches it replace the weights; "
             "set inference.server_api_key_env to the name of a variable with a key, or use --host 127.0.0.1"
@@ -57,6 +57,7 @@ def serve(
     stop = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # see server_process.main
     server = LocalServer(
         model_dir,
         cfg,
@@ -83,10 +84,6 @@ def serve(
         server.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _check_port(host: str, port: int) -> None:

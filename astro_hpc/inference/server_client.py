@@ -210,7 +210,8 @@ class ServerClient:
         """As `push_weights`, over the network: see `server_plugins.WeightUpdates.receive_weights`.
 
         Args:
-            seconds: how long the server waits for the others and for each part.
+            seconds: how long the server waits for the others and for each part. There is no limit for the whole;
+                the caller, who knows when all has been sent, cancels it.
         """
         await self._replace_weights("receive_weights", {**arguments, "seconds": seconds}, version, None)
 

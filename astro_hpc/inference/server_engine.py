@@ -14,17 +14,18 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from astro_hpc.config.base import ConfigError
 from astro_hpc.config.schema import InferenceConfig
 from astro_hpc.inference.balancer import RetryPolicy
 from astro_hpc.inference.buckets import Group, TensorInfo, open_store
 from astro_hpc.inference.engine import EngineStats, Sample, SampleRequest
-from astro_hpc.inference.local_server import model_names
+from astro_hpc.inference.local_server import is_loopback, model_names
 from astro_hpc.inference.replicas import Replica, ReplicaSet, Weights
 from astro_hpc.inference.sampling import check_request, make_sample, special_tokens
 from astro_hpc.inference.server_client import RequestRefused, ServerError, ServerFault
@@ -48,9 +49,10 @@ class VLLMServerEngine:
     it is answered, up to the order of floating-point sums. Only when no replica has been well for
     `inference.server_lost_seconds` does the engine fail.
 
-    New weights travel as a safetensors folder that the servers can read (`load_weights`). A sample counts only if
-    the server says that all its tokens came from the wanted version, and a replica with other weights than the
-    wanted ones is given those before it gets requests.
+    New weights travel as a safetensors folder that the servers can read (`load_weights`), or in buckets over the
+    network (`broadcast_weights`). A sample counts only if the server says that all its tokens came from the wanted
+    version. A replica with other weights than the wanted ones is given those before it gets requests, or waits for
+    the next ones where they came over the network; when that leaves nobody to answer, the engine fails at once.
     """
 
     def __init__(
@@ -177,7 +179,8 @@ class VLLMServerEngine:
 
         Raises:
             ConfigError: names or shapes differ from the model's, or a server doesn't allow updates.
-            RuntimeError: samples are in flight, or a server didn't receive them: sampling can't go on then.
+            RuntimeError: samples are in flight, or a server didn't receive them, at the latest
+                `inference.server_start_seconds` after all were sent: sampling can't go on then.
         """
         import torch
 
@@ -192,8 +195,9 @@ class VLLMServerEngine:
         store = open_store(world_size, _STANDSTILL_SECONDS)
         weights = Weights(version, f"{version}-{secrets.token_hex(8)}", None)
         self._replicas.wanted = weights
+        address = address_for([replica.url for replica in workers])
         common = {
-            "host": _address_for(replica.url for replica in workers),
+            "host": address,
             "port": store.port,
             "world_size": world_size,
             "tensors": [tensor.to_json() for tensor in announced],
@@ -206,17 +210,30 @@ class VLLMServerEngine:
             first_rank += count
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         try:
-            Group(store, 0, world_size, device, _STANDSTILL_SECONDS).send(tensors, announced)
+            Group(store, 0, world_size, device, _STANDSTILL_SECONDS, gloo_address(address)).send(tensors, announced)
+            self._wait_for_receivers(list(workers), receiving)
         except RuntimeError as error:
             failed = [str(each.exception()) for each in receiving if each.done() and each.exception() is not None]
             raise RuntimeError(f"the weights did not reach the servers: {'; '.join(failed) or error}") from error
-        for each in receiving:
+        finally:
+            for each in receiving:
+                each.cancel()
+
+    def _wait_for_receivers(self, replicas: Sequence[Replica], receiving: Sequence[Future[None]]) -> None:
+        """All has been sent: what is left to the servers is to put the last part in its place, and to answer."""
+        limit = self._cfg.server_start_seconds
+        ended, late = wait(receiving, limit)
+        if late:
+            urls = ", ".join(replica.url for replica, each in zip(replicas, receiving, strict=True) if each in late)
+            raise RuntimeError(f"{urls}: no answer for inference.server_start_seconds={limit:g} after all was sent")
+        for each in ended:
             each.result()
 
     def weight_digests(self, layer: int, columns: Sequence[int]) -> dict[str, str] | None:
         """See `Engine.weight_digests`; None where no server allows weight updates.
 
         Raises:
+            ConfigError: two servers are split over different numbers of GPUs, so that their hashes differ anyway.
             RuntimeError: two servers hold different weights.
         """
         self._check_open()
@@ -225,6 +242,12 @@ class VLLMServerEngine:
             return None
         (first, digests), *others = by_url.items()
         for url, theirs in others:
+            if theirs["ranks"] != digests["ranks"]:
+                raise ConfigError(
+                    f"inference.servers: {first} has tensor parallel size {digests['ranks']} and {url} "
+                    f"{theirs['ranks']}: their weights can't be compared; start them alike, or set "
+                    "rl.weight_check_every to 0"
+                )
             if theirs != digests:
                 raise RuntimeError(f"{first} and {url} hold different weights; see their logs for a failed load")
         return digests
@@ -326,12 +349,35 @@ class VLLMServerEngine:
         self.stats.extra[name] = self.stats.extra.get(name, 0) + 1
 
 
-def _address_for(urls: Iterable[str]) -> str:
+def address_for(urls: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
     """An address of this machine that the servers reach."""
-    hosts = {urlsplit(url).hostname or "" for url in urls}
-    if all(host in ("localhost", "::1") or host.startswith("127.") for host in hosts):
+    elsewhere = [host for url in urls if not is_loopback(host := urlsplit(url).hostname or "")]
+    if not elsewhere:
         return "127.0.0.1"
-    return os.environ.get("MASTER_ADDR") or socket.gethostname()  # where the ranks meet is where rank 0 is
+    meeting = environ.get("MASTER_ADDR", "")  # where the ranks meet is where rank 0 is
+    if meeting and not is_loopback(meeting):
+        return meeting
+    return _address_towards(elsewhere[0])  # all ranks are on this machine, and meet where no other reaches them
+
+
+def gloo_address(address: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The address that gloo has to listen at for servers that reach this machine at `address`; None: its own choice.
+
+    Ranks that all run on one machine are told to use its loopback interface among themselves.
+    """
+    return address if environ.get("GLOO_SOCKET_IFNAME") == "lo" and not is_loopback(address) else None
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on its way to another; nothing is sent."""
+    try:
+        for family, kind, _, _, there in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as probe:
+                probe.connect(there)
+                return str(probe.getsockname()[0])
+    except OSError:
+        pass
+    return socket.gethostname()
 
 
 def _close_if_alive(reference: weakref.ref[VLLMServerEngine]) -> None:

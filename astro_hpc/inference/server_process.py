@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def server_arguments(spec: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Serve until told to end."""
+    # Slurm sends it to a whole step before the time limit, so that stages save; what this starts inherits it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parent = os.environ.pop("ASTRO_HPC_PARENT", None)
     if parent is not None:
         die_with_parent(int(parent))
