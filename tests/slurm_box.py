@@ -7,10 +7,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,7 +80,7 @@ class Run:
     def write_cluster(self, text: str) -> None:
         (self.folder / "cluster.yaml").write_text(text)
 
-    def command(self, *arguments: object, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: object, seconds: float = 300) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **(self.slurm.env if self.slurm else {}), "PYTHONPATH": f"{ROOT}:{self.folder}"}
         command = [sys.executable, "-m", "astro_hpc", *map(str, arguments)]
         return subprocess.run(
@@ -103,7 +106,7 @@ class Run:
     def _key(self) -> str:
         return hashlib.sha256(str(self.dir).encode()).hexdigest()[:8]
 
-    def wait(self, ready: Callable[[], bool] | None = None, seconds: float = 60) -> None:
+    def wait(self, ready: Callable[[], bool] | None = None, seconds: float = 300) -> None:
         """Until `ready`, or until nothing of this run is queued."""
         ready = ready or (lambda: not self.queued())
         deadline = time.monotonic() + seconds
@@ -123,6 +126,41 @@ class Run:
         paths = self.dir.glob(f"search/shard-{shard:05d}-of-*/trees.jsonl")
         return [tree["problem"]["id"] for path in paths for tree in Journal.read(path)]
 
+    def process_of(self, stage: str, task: int | None = None) -> int | None:
+        """The process of a stage, or of one task of its array; None: none runs."""
+        for pid in load_sandbox_module().processes_of(self.slurm.dir):
+            path = Path(f"/proc/{pid}")
+            with suppress(OSError):
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                if words[1:4] != [b"-m", b"astro_hpc", stage.encode()] or str(self.dir).encode() not in b" ".join(
+                    words
+                ):
+                    continue
+                if task is not None and f"SLURM_ARRAY_TASK_ID={task}".encode() not in (
+                    (path / "environ").read_bytes().split(b"\0")
+                ):
+                    continue
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"bash" in Path(f"/proc/{parent}/cmdline").read_bytes():  # and not a fork of the stage's own
+                    return pid
+        return None
+
+    def freeze(self, stage: str, ready: Callable[[], bool], task: int | None = None, seconds: float = 300) -> int:
+        """Stop a stage's process once `ready`, or it may be done before the test does anything to it; its number."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if ready() and (pid := self.process_of(stage, task)) is not None:
+                os.kill(pid, signal.SIGSTOP)
+                return pid
+            assert time.monotonic() < deadline, f"{self.slurm.run('squeue')}\n{self.logs()}"
+            time.sleep(0.02)
+
+    def limit_soon(self, job_id: str) -> None:
+        """Let the time limit of a running job come in one to two minutes."""
+        facts = self.slurm.run("scontrol", "show", "job", job_id)
+        hours, minutes, _ = facts.partition(" RunTime=")[2].split()[0].split(":")
+        self.slurm.run("scontrol", "update", f"jobid={job_id}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+
     def hurry(self) -> bool:
         """Let requeued jobs start in two seconds: Slurm holds them back for two minutes.
 
@@ -135,3 +173,24 @@ class Run:
                 self.slurm.run("scontrol", "update", f"jobid={job_id}", "StartTime=now+2", check=False)
                 self._hurried[job_id] = time.monotonic()
         return True
+
+
+def wait_until_told(pid: int, seconds: float = 500) -> None:
+    """Until a frozen process has a signal of Slurm's that waits for it, or is gone."""
+    deadline = time.monotonic() + seconds
+    told = 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGTERM - 1
+    with suppress(OSError):
+        while not int(Path(f"/proc/{pid}/status").read_text().partition("ShdPnd:")[2].split()[0], 16) & told:
+            assert time.monotonic() < deadline, f"Slurm has not told process {pid} anything"
+            time.sleep(0.1)
+
+
+def thaw_when_told(pid: int) -> None:
+    """Let a frozen process go on once a signal of Slurm's waits for it; at once returns."""
+
+    def thaw() -> None:
+        wait_until_told(pid)
+        with suppress(OSError):
+            os.kill(pid, signal.SIGCONT)
+
+    threading.Thread(target=thaw, daemon=True).start()

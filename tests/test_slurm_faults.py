@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from slurm_box import Run, load_sandbox_module
+from slurm_box import Run, load_sandbox_module, thaw_when_told
 
 # A shard takes some seconds, and saves every tree.
 SLOW_SEARCH = {"num_iterations": 600, "num_expansions": 4, "num_rollouts": 4, "trees_in_flight": 1}
@@ -27,21 +28,6 @@ def box():
     sandbox.down()
 
 
-def _python_of(box, node: str) -> int:
-    """The stage's process on a node."""
-    for pid in load_sandbox_module().processes_of(box.dir):
-        path = Path(f"/proc/{pid}")
-        try:
-            here = f"SLURMD_NODENAME={node}".encode() in (path / "environ").read_bytes().split(b"\0")
-            if here and b"\0astro_hpc\0search\0" in (path / "cmdline").read_bytes():
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                if b"bash" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    return pid
-        except OSError:
-            continue
-    raise AssertionError(f"no search runs on {node}")
-
-
 def test_kill_requeue_dead_node_preemption_and_a_new_controller_lose_nothing(box, tmp_path):
     run = Run(box, tmp_path, shards=4, search=SLOW_SEARCH, problems={"train": [{"type": "signs", "count": 60}]})
     cluster = (tmp_path / "cluster.yaml").read_text()
@@ -54,9 +40,12 @@ def test_kill_requeue_dead_node_preemption_and_a_new_controller_lose_nothing(box
         lines = box.run("squeue", "-h", "-t", "RUNNING", "-j", search["id"], "-o", "%K %N").splitlines()
         return {int(index): node for index, node in map(str.split, lines)}
 
-    run.wait(lambda: len(nodes()) == 4 and all(run.trees_of(shard) for shard in range(4)))
+    with ThreadPoolExecutor() as pool:  # at the same time: all are to be at work when the faults come
+        frozen = list(pool.map(lambda shard: run.freeze("search", lambda: bool(run.trees_of(shard)), shard), range(4)))
     where = nodes()
-    os.kill(_python_of(box, where[0]), signal.SIGKILL)
+    for shard in (1, 3):
+        thaw_when_told(frozen[shard])
+    os.kill(frozen[0], signal.SIGKILL)
     box.run("scontrol", "requeue", f"{search['id']}_1")
     box.kill_node(where[2])
     box.run("sbatch", "-p", "urgent", "-w", where[3], "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -68,7 +57,7 @@ def test_kill_requeue_dead_node_preemption_and_a_new_controller_lose_nothing(box
     box.kill_daemon("slurmctld")
     box.start_controller()
     box.start_node(where[2])
-    run.wait(lambda: run.hurry() and not run.queued(), seconds=150)
+    run.wait(lambda: run.hurry() and not run.queued(), seconds=400)
 
     assert (run.dir / "search" / "gather.json").exists(), run.logs()
     trees = run.trees()

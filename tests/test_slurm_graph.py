@@ -58,7 +58,7 @@ def test_the_whole_graph_in_arrays_ends_with_the_artefacts_of_one_machine(slurm,
     command = [sys.executable, "-m", "astro_hpc", "run", "run.yaml", "name=alone"]
     alone = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert alone.returncode == 0, alone.stderr
-    run.wait(seconds=400)
+    run.wait(seconds=500)
 
     states = run.status()
     assert {name: state["state"] for name, state in states.items()} == dict.fromkeys(states, "done"), run.logs()

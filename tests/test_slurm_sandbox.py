@@ -100,6 +100,23 @@ def test_a_second_sandbox_comes_and_goes_beside_the_first(slurm, folder, tmp_pat
     assert set(slurm.node_states()) == {"n1", "n2", "n3", "n4"}, "the other one still answers"
 
 
+def test_when_what_started_it_is_killed_nothing_is_left_of_it_and_its_jobs(slurm, folder):
+    code = (
+        "import sys, time; from pathlib import Path; from slurm_box import load_sandbox_module\n"
+        "box = load_sandbox_module().Sandbox(Path(sys.argv[1]), num_nodes=1, die_with_parent=True); box.up()\n"
+        "box.run('sbatch', '-o', '/dev/null', '--wrap', 'srun sleep 1000')\n"
+        "box.wait_for('the step', lambda: '.0' in box.run('squeue', '-h', '-s', '-o', '%i'))\n"
+        "print('runs', flush=True); time.sleep(1000)"
+    )
+    command = [sys.executable, "-c", code, folder]
+    with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "runs\n"
+        processes_of = load_sandbox_module().processes_of
+        assert processes_of(folder)
+        parent.kill()
+    slurm.wait_for("its end", lambda: not folder.exists() and not processes_of(folder))
+
+
 def test_it_needs_no_root(slurm, folder, tmp_path):
     script = folder.parent / "slurm_sandbox.py"  # where everybody may read it
     script.write_bytes(SCRIPT.read_bytes())

@@ -100,8 +100,11 @@ def test_the_conversion_template_with_five_lines_edited_imports_verifies_and_exp
         text = text.replace(line, new)
     script = tmp_path / "convert.sbatch"
     script.write_text(text)
-    logs = [slurm.run("sbatch", "--wait", "--chdir", ROOT, "--mem=0", "-o", tmp_path / f"{what}.out", script, what)
-            and (tmp_path / f"{what}.out").read_text() for what in ("import", "verify", "export")]  # fmt: skip
+    logs = []
+    for what in ("import", "verify", "export"):
+        out = tmp_path / f"{what}.out"
+        slurm.run("sbatch", "--wait", "--chdir", ROOT, "--mem=0", "-o", out, script, what, timeout=180)
+        logs.append(out.read_text())
     assert json.loads((tmp_path / "megatron" / "certificate.json").read_text())["passed"], logs
     names = {path.name for path in (tmp_path / "megatron-hf").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names, logs
@@ -116,7 +119,7 @@ def test_slurm_takes_the_templates_and_the_pipeline_is_the_graph(graph):
         box.run("scontrol", "update", "nodename=n[1-8]", "state=drain", "reason=nothing is to start")
         environment = {**os.environ, **box.env, "SBATCH_PARTITION": "batch"}
         command = ["bash", ROOT / "slurm" / "pipeline.sbatch"]
-        result = subprocess.run(command, env=environment, cwd=box.dir, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, env=environment, cwd=box.dir, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         rows = [line.split("|") for line in box.run("squeue", "-h", "-o", "%F|%j|%E").splitlines()]
     finally:

@@ -114,7 +114,7 @@ class Sandbox:
         num_nodes: virtual nodes, named n1, n2, ...
         gpus_per_node: pretended GPUs of each (device files that are /dev/null).
         accounting: with slurmdbd and MariaDB, so that sacct works.
-        die_with_parent: daemons end when the process that started them does, kill -9 included.
+        die_with_parent: all of it ends when the process that started it does, kill -9 included.
     """
 
     dir: Path
@@ -154,6 +154,8 @@ class Sandbox:
             shutil.rmtree(self.dir)  # what a killed sandbox left
         try:
             self._write_files()
+            if self.die_with_parent:
+                self._start_reaper()
             self._start_munged()
             if self.accounting:
                 self._start_accounting()
@@ -196,6 +198,22 @@ class Sandbox:
         self.daemons[name] = process.pid
         self._children[name] = process
         self._save()
+
+    def _start_reaper(self) -> None:
+        """`down`, once this process has ended, however: the daemons die with it, but jobs would outlive them."""
+        parent_ended, self._held_open = os.pipe()
+        down = [sys.executable, str(Path(__file__).resolve()), "down", "--dir", str(self.dir)]
+        reaper = subprocess.Popen(
+            ["sh", "-c", 'read -r _; exec "$@"', "sh", *down],
+            env=_clean_environment(),
+            stdin=parent_ended,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
+        os.close(parent_ended)
+        self._reaper.append(reaper)
 
     def _write_files(self) -> None:
         for folder in ("state", "log", "munge", "gpus", *(f"spool/{node}" for node in self.nodes)):
@@ -258,7 +276,7 @@ class Sandbox:
         listen = [f"--socket={own_socket}", f"--port={self._database_port}", "--bind-address=127.0.0.1"]
         pid = f"--pid-file={self.dir / 'mariadbd.pid'}"
         self.start_daemon("mariadbd", [find("mariadbd"), *common, *listen, *small, pid])
-        self.wait_for("MariaDB", own_socket.exists, seconds=60)
+        self.wait_for("MariaDB", own_socket.exists)
         grant = "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'sandbox'; CREATE USER slurm@localhost IDENTIFIED BY "
         grant += "'sandbox'; GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1'; GRANT ALL ON slurm_acct_db.* TO "
         grant += "slurm@localhost;"
@@ -270,7 +288,7 @@ class Sandbox:
             self.run("sacctmgr", "-i", "add", "cluster", "sandbox", check=False)
             return "sandbox" in self.run("sacctmgr", "-nP", "show", "cluster", "format=cluster", check=False)
 
-        self.wait_for("slurmdbd", registered, seconds=60)
+        self.wait_for("slurmdbd", registered)
         self.run("sacctmgr", "-i", "add", "account", "research", "cluster=sandbox", check=False)
         me = ["add", "user", getpass.getuser(), "account=research", "cluster=sandbox"]
         self.run("sacctmgr", "-i", *me, check=False)
@@ -297,7 +315,7 @@ class Sandbox:
         lines = self.run("sinfo", "-hN", "-p", PARTITIONS[0], "-o", "%N %T", check=False).splitlines()
         return dict(line.split() for line in lines) if lines else {"": "unknown"}
 
-    def wait_for(self, what: str, ready: Callable[[], bool], seconds: float = 30) -> None:
+    def wait_for(self, what: str, ready: Callable[[], bool], seconds: float = 120) -> None:
         """Poll until `ready`; fails at once when a daemon has ended."""
         deadline = time.monotonic() + seconds
         while not ready():
@@ -361,12 +379,19 @@ class Sandbox:
         self._children.clear()
         if not keep:
             shutil.rmtree(self.dir, ignore_errors=True)
+        while self._reaper:
+            reaper = self._reaper.pop()
+            reaper.kill()
+            reaper.wait()
+            os.close(self._held_open)
 
     # --- remembering ------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
         self.dir = self.dir.absolute()
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._reaper: list[subprocess.Popen[bytes]] = []  # one at most
+        self._held_open = -1  # a pipe's end: the reaper sees it close when this process ends
         self._database_port = 0
 
     def _save(self) -> None:
