@@ -153,9 +153,10 @@ if [ "${ENGINE_NODES:-0}" -gt 0 ]; then
     echo "trainer: $train_on; engines: $serve_on" > "$LOG/parts"  # for `astro-hpc status`
 fi
 
+# USR1 is ignored until the stage listens: its default would end a rank that is still starting.
 # srun tells the highest code, which may be a killed neighbour's: a rank leaves a mark for a code that says more.
 # One that saved ends with 0, so that --kill-on-bad-exit spares ranks that are still saving.
-RANK='trap : USR1 TERM; log=$1; shift; "$@"; code=$?
+RANK='trap "" USR1; trap : TERM; log=$1; shift; "$@"; code=$?
     case $code in 2 | 73 | 74 | 75 | 78) : > "$log/code-$code" ;; esac; [ $code != 75 ] || exit 0; exit $code'
 srun --kill-on-bad-exit=1 --open-mode=append --output="$LOG/rank-%t.log" "${STEP[@]}" \
     bash -c "$RANK" rank "$LOG" "${INSIDE[@]}" "$PYTHON" -m astro_hpc "${COMMAND[@]}" &
