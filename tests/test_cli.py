@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,7 @@ def test_status_watches_a_run_that_was_not_launched(tmp_path):
     while "next: " not in lines[-1]:
         assert lines[-1], process.stderr.read()
         lines.append(process.stdout.readline())
+    time.sleep(1)  # it waits now; in the middle of printing Python may tell of an interrupt that it swallows
     assert process.poll() is None, "it goes on"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
