@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from slurm_box import load_sandbox_module
 
 Sandbox = Any  # of tools/slurm_sandbox.py
 
 # Two processes of a test must not fight for the cores with one thread team each.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+# A property that holds slowly, on a busy machine, holds.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -163,7 +163,7 @@ def test_a_wrong_path_of_a_reward_is_refused_before_anything_is_loaded(tmp_path)
         (tmp_path / "test" / name).mkdir(parents=True)
     (tmp_path / "test" / "select" / "astro" / "prompts.jsonl").write_text("")
     cfg = run_config(runs_dir=tmp_path, rl={"reward": {"function": "no_such_module:score"}})
-    with pytest.raises(ConfigError, match=r"rl.reward.function=no_such_module:score: No module named"):
+    with pytest.raises(ConfigError, match=r"function=no_such_module:score: ModuleNotFoundError: No module named"):
         run_stage(cfg, pipeline.rl(cfg, "astro"))
 
 
