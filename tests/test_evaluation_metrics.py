@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from astro_hpc.evaluation.metrics import (
@@ -50,6 +50,7 @@ def test_majority_with_ties_missing_answers_and_groups():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+@example([0.0, 1.1e-308])
 def test_interval_holds_the_value_and_stays_within_bounds(values):
     estimate = share(values)
     assert 0 <= estimate.low <= estimate.value + 1e-9

@@ -84,8 +84,8 @@ def share(per_problem: Sequence[float]) -> Estimate:
         ValueError: no values.
     """
     n, p = len(per_problem), mean(per_problem)
-    error = stdev(per_problem) / math.sqrt(n) if n > 1 else 0.0
-    effective = p * (1 - p) / error**2 if error > 0 else float(n)
+    variance = (stdev(per_problem) / math.sqrt(n)) ** 2 if n > 1 else 0.0
+    effective = p * (1 - p) / variance if variance > 0 else float(n)
     z2 = _Z95**2
     centre = (p + z2 / (2 * effective)) / (1 + z2 / effective)
     half = _Z95 / (1 + z2 / effective) * math.sqrt(p * (1 - p) / effective + z2 / (4 * effective**2))
