@@ -10,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,20 @@ def load_sandbox_module() -> ModuleType:
         sys.modules["slurm_sandbox"] = module
         spec.loader.exec_module(module)
     return sys.modules["slurm_sandbox"]
+
+
+def slurm_with_mortal_nodes(kill_wait: int) -> Iterator[Any]:
+    """A sandbox of its own, whose nodes may die; a dead one is noticed soon. `kill_wait`: seconds from TERM to KILL."""
+    sandbox = load_sandbox_module().Sandbox(
+        Path(tempfile.mkdtemp(prefix="slurm-")),
+        num_nodes=4,
+        die_with_parent=True,
+        kill_wait=kill_wait,
+        slurmd_timeout=5,
+    )
+    sandbox.up()
+    yield sandbox
+    sandbox.down()
 
 
 CLUSTER = """

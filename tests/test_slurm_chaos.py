@@ -11,13 +11,12 @@ import os
 import random
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from slurm_box import Run, load_sandbox_module, thaw_when_told, wait_until_told
+from slurm_box import Run, slurm_with_mortal_nodes, thaw_when_told, wait_until_told
 
 from astro_hpc.config.schema import SignsSource
 from astro_hpc.problems.sources import load_source
@@ -44,13 +43,7 @@ def small_disk(tmp_path_factory) -> Iterator[Path | None]:
 @pytest.fixture(scope="module")
 def box(small_disk):
     """A Slurm of its own, whose nodes may die; a dead one is noticed soon."""
-    module = load_sandbox_module()
-    sandbox = module.Sandbox(
-        Path(tempfile.mkdtemp(prefix="slurm-")), num_nodes=4, die_with_parent=True, kill_wait=10, slurmd_timeout=5
-    )
-    sandbox.up()
-    yield sandbox
-    sandbox.down()
+    yield from slurm_with_mortal_nodes(kill_wait=10)
 
 
 # --- training that its time limit stops, begun first: Slurm looks at limits seldom --------------------------------

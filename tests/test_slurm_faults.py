@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from slurm_box import Run, load_sandbox_module, thaw_when_told
+from slurm_box import Run, slurm_with_mortal_nodes, thaw_when_told
 
 # A shard takes some seconds, and saves every tree.
 SLOW_SEARCH = {"num_iterations": 600, "num_expansions": 4, "num_rollouts": 4, "trees_in_flight": 1}
@@ -19,13 +17,7 @@ SLOW_SEARCH = {"num_iterations": 600, "num_expansions": 4, "num_rollouts": 4, "t
 @pytest.fixture(scope="module")
 def box():
     """A Slurm of its own, whose nodes may die; a dead one is noticed soon."""
-    module = load_sandbox_module()
-    sandbox = module.Sandbox(
-        Path(tempfile.mkdtemp(prefix="slurm-")), num_nodes=4, die_with_parent=True, kill_wait=3, slurmd_timeout=5
-    )
-    sandbox.up()
-    yield sandbox
-    sandbox.down()
+    yield from slurm_with_mortal_nodes(kill_wait=3)
 
 
 def test_kill_requeue_dead_node_preemption_and_a_new_controller_lose_nothing(box, tmp_path):

@@ -17,7 +17,7 @@ from astro_hpc.config.schema import RunConfig
 from astro_hpc.launch import slurm
 from astro_hpc.launch.cluster import load_cluster
 from astro_hpc.launch.graph import Job, build_graph, from_ranges
-from astro_hpc.launch.local import cancel_here, planned_here, queue_here
+from astro_hpc.launch.local import cancel_here, planned_here, queue_here, work_name
 from astro_hpc.launch.pace import read_pace, together
 from astro_hpc.launch.render import parse_comment
 from astro_hpc.launch.submit import SUBMITTED, run_key, tasks_done
@@ -136,9 +136,8 @@ def last_submissions(run: Path) -> dict[str, dict[int, tuple[str, str]]]:
 
 def read_ended(run: Path, job: Job, task: int) -> dict[str, str] | None:
     """What a task's last attempt wrote at its end; None: nothing yet."""
-    name = f"{job.name}-{task:05d}" if job.num_tasks else job.name
     try:
-        lines = (run / "jobs" / "ended" / name).read_text(errors="replace").split("\n")
+        lines = (run / "jobs" / "ended" / work_name(job, task)).read_text(errors="replace").split("\n")
     except OSError:
         return None
     return dict(zip(_ENDED_FIELDS, lines, strict=False))
@@ -228,8 +227,7 @@ def _explain(
 
 def _last_log(run: Path, job: Job, task: int) -> Path | None:
     """Rank 0's log of a task's last attempt."""
-    name = f"{job.name}-{task:05d}" if job.num_tasks else job.name
-    logs = (run / "logs" / name).glob("job-*/rank-0.log")
+    logs = (run / "logs" / work_name(job, task)).glob("job-*/rank-0.log")
     return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
